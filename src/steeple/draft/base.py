@@ -1,0 +1,104 @@
+"""The contract of drafters: a drafter proposes, is told what was kept, and forgets a request when it ends.
+
+What a drafter needs from the engine it declares in ``Needs``; nobody asks it for its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steeple.model.decoder import Decoder, Hidden
+from steeple.ops.attention import PagedAttention
+from steeple.request import Request
+from steeple.types import Batch, Draft
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the engine must supply.
+
+    hidden: target layers whose outputs ``observe`` wants. nodes: most nodes per request and round; the scheduler
+    reserves them. shares_cache: reads the target's own cache. own_cache_bytes_per_token: what the drafter
+    keeps of every position of the text itself; the memory planner counts it.
+    """
+
+    hidden: tuple[int, ...] = ()
+    nodes: int = 0
+    shares_cache: bool = False
+    own_cache_bytes_per_token: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a drafter is built from: the target and how the engine around it runs."""
+
+    decoder: Decoder
+    tokenizer: object
+    attention: PagedAttention
+    device: torch.device
+    dtype: torch.dtype
+    block_size: int
+    step_tokens: int
+    model_folder: Path | None = None
+
+
+class Drafter(Protocol):
+    """``propose`` sees only requests whose prompt is in the target's cache. ``budget[b]`` nodes at most, maybe 0."""
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def prepare(self, blocks: int) -> None:
+        """Allocate: the target's cache has ``blocks`` blocks, and that is how much text may run at once."""
+        ...
+
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> Draft: ...
+
+    def observe(self, requests: Sequence[Request], batch: Batch, kept: Sequence[Sequence[int]], hidden: Hidden) -> None:
+        """After the commit of a step: ``requests``, as they stand in ``batch``, hold the committed text already.
+
+        ``kept[b]``: the accepted nodes, numbered within the request. Prompt chunks come by here too.
+        """
+        ...
+
+    def forget(self, request: Request) -> None:
+        """The request ended or was preempted; asked about it again, the drafter starts from its text."""
+        ...
+
+    def check_integrity(self) -> None:
+        """Raise ``InternalError`` if state is left over while no request is running."""
+        ...
+
+
+class DrafterConfig(Protocol):
+    """The frozen dataclass of a method's settings; it builds the drafter."""
+
+    @property
+    def k(self) -> int: ...
+
+    def build(self, around: Surroundings) -> Drafter: ...
+
+
+def chains(tokens: Sequence[NDArray[np.int64]], device: torch.device | str) -> Draft:
+    """A forest of chosen (not drawn) chains, one per request, maybe empty."""
+    counts = np.fromiter((t.shape[0] for t in tokens), np.int64, len(tokens))
+    flat = np.concatenate(tokens) if len(tokens) else np.zeros(0, dtype=np.int64)
+    device_tokens = torch.from_numpy(flat.astype(np.int64)).to(device)
+    cu = torch.from_numpy(np.concatenate(([0], np.cumsum(counts))))
+    return Draft(device_tokens, chain_parents(cu), cu, torch.full_like(device_tokens, -1))
+
+
+def chain_parents(cu: Tensor) -> Tensor:
+    """Parents of chains with offsets ``cu``: each node hangs on the one before it, the first on the root."""
+    parent = torch.arange(-1, int(cu[-1]) - 1)
+    first = cu[:-1][cu.diff() > 0]
+    parent[first] = -1
+    return parent

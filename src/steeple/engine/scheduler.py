@@ -1,0 +1,140 @@
+"""Which requests run in a step and how many rows each gets: join, chunk, preempt, leave. Numbers only, no tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from steeple.cache.paged import PagedCache
+from steeple.errors import CapacityError
+from steeple.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request's share of a step: text up to position ``stop``, and ``nodes`` draft nodes if that ends its text."""
+
+    request: Request
+    stop: int
+    nodes: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the newest token is among the rows, so that the step commits tokens."""
+        return self.stop == len(self.request)
+
+
+# How many nodes a request may get this round, from the past alone: never from drawn tokens.
+Budget = Callable[[Request], int]
+
+
+class Scheduler:
+    """Args: cache of the target; batch_size: most running requests; step_tokens: most rows of a step, which only
+    prompts give way to: a decoding request always gets its row and its nodes, whatever its neighbours do.
+    ``forget(request)`` is called when a request loses its place in the cache.
+    """
+
+    def __init__(
+        self, cache: PagedCache, *, batch_size: int, step_tokens: int, forget: Callable[[Request], None]
+    ) -> None:
+        self._cache, self._batch_size, self._step_tokens, self._forget = cache, batch_size, step_tokens, forget
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ``CapacityError`` if it could never fit, alone with the whole cache."""
+        longest = request.limit
+        needed, total = self._cache.blocks_for(longest), self._cache.pool.count
+        if needed > total:
+            size = self._cache.block_size
+            spare = (needed - total) * size * self._cache.spec.bytes_per_token
+            raise CapacityError(
+                f"request {request.id}: {longest} positions (prompt {request.prompt_len} + "
+                f"max_tokens {request.params.max_tokens}) do not fit into the cache of {total * size}; "
+                f"{spare / 2**20:.1f} MiB are missing. Lower max_tokens or the prompt, or raise kv_tokens."
+            )
+        self.waiting.append(request)
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def next(self, budget: Budget) -> list[Work]:
+        """The work of the next step, oldest request first. Blocks for all of it are reserved."""
+        plan: list[Work] = []
+        rows = 0
+        running = len(self.running)
+        decoding = sum(1 for r in self.running if len(r) - r.cached == 1)
+        room = max(self._step_tokens - decoding, 1)
+        for request in list(self.running):
+            if request not in self.running:  # preempted for an older one
+                continue
+            ready = len(request) - request.cached == 1
+            text = min(len(request) - request.cached, max(room - rows, 0)) if not ready else 1
+            if text == 0:
+                continue
+            work = self._work(request, text, budget)
+            if self._make_room(request, work):
+                plan.append(work)
+                rows += 0 if ready else text
+        if len(self.running) < running:  # short of memory: whoever was just preempted would only come straight back
+            return plan
+        while self.waiting and len(self.running) < self._batch_size and rows < room:
+            admitted = self._admit(self.waiting[0], room - rows, budget)
+            if admitted is None:
+                break
+            self.running.append(self.waiting.popleft())
+            plan.append(admitted)
+            rows += admitted.stop - admitted.request.cached
+        return plan
+
+    def _work(self, request: Request, text: int, budget: Budget) -> Work:
+        stop = request.cached + text
+        # Node k is judged with the k before it; the last committed token of a request needs no successor.
+        left = request.limit - len(request) - 1
+        # A draft waits until the prompt is in: then the newest token's law is known to be wanted.
+        ready = len(request) - request.cached == 1
+        nodes = min(budget(request), left) if ready else 0
+        return Work(request, stop, max(nodes, 0))
+
+    def _make_room(self, request: Request, work: Work) -> bool:
+        while not self._cache.reserve(request.id, work.stop + work.nodes):
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _admit(self, request: Request, room: int, budget: Budget) -> Work | None:
+        """Reserve for the whole text at once, so that a prompt never preempts another half way."""
+        request.cached = self._cache.attach(request.id, request.tokens)
+        work = self._work(request, min(len(request) - request.cached, room), budget)
+        keep_free = len(self.running)  # a block for each running request to grow into
+        wanted = self._cache.missing(request.id, len(request) + work.nodes) + keep_free
+        if self.running and wanted > self._cache.pool.available:
+            self._cache.free(request.id)
+            request.cached = 0
+            return None
+        self._cache.reserve(request.id, len(request) + work.nodes)
+        return work
+
+    def preempt(self, request: Request) -> None:
+        """Take the request's blocks; it waits at the front and is computed again from its text."""
+        self.running.remove(request)
+        self._release(request)
+        request.preemptions += 1
+        self.waiting.appendleft(request)
+
+    def remove(self, request: Request) -> None:
+        """The request ended, wherever it was."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self._release(request)
+
+    def _release(self, request: Request) -> None:
+        self._cache.free(request.id)
+        request.cached = 0
+        self._forget(request)

@@ -1,0 +1,197 @@
+"""Attention over a paged cache of keys and values, for a flat and ragged batch of prompts, decode rows and draft trees.
+
+Shape letters: B requests, T flat query rows, N query heads, K key/value heads, H head dim, P blocks in the cache,
+S positions within a block.
+
+The cache of one layer is two tensors ``[P, K, S, H]``: the keys of one head lie contiguously within a block, because
+a head reads only its own. This file is the reference, clear rather than fast; ``native.py`` has the fast twin with
+the same signature and ``attention_backend``, which chooses.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from steeple.errors import InternalError
+from steeple.types import KVLayout
+
+MAX_NODES = 64  # bits of KVLayout.ancestors
+TILE = 256  # query rows for which the reference holds all scores at once
+
+
+class PagedAttention(Protocol):
+    """The one signature of reference and native attention.
+
+    Args:
+        q_TNH: queries, float32 or bfloat16; rows may be strided (a slice of a fused projection).
+        keys, values: one layer of the cache, ``[P, K, S, H]``, contiguous, float32 or bfloat16.
+        layout: what every row sees.
+        scale: what queries times keys are multiplied with.
+        window: a row at rotary position ``r`` sees the key at ``p`` only if ``r - p < window``; 0 = no window.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; 0 = none.
+
+    Returns ``[T, N, H]`` in the dtype of ``q_TNH``, accumulated in float32; a row that sees nothing gives zeros.
+    Raises ``InternalError`` for a shape, stride or dtype that is none of these.
+    """
+
+    def __call__(
+        self,
+        q_TNH: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        layout: KVLayout,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor: ...
+
+    def write_kv(self, keys: Tensor, values: Tensor, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
+        """Stage: write the rows ``k_TKH`` and ``v_TKH`` to ``slots``, int64 ``[T]``, block * block_size + offset.
+
+        Rows may be strided (slices of a fused projection). Slots must differ from each other.
+        """
+        ...
+
+
+class ReferenceAttention:
+    """The reference as a ``PagedAttention``; see there."""
+
+    def __call__(
+        self,
+        q_TNH: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        layout: KVLayout,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        return paged_attention(q_TNH, keys, values, layout, scale=scale, window=window, softcap=softcap)
+
+    def write_kv(self, keys: Tensor, values: Tensor, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
+        write_kv(keys, values, slots, k_TKH, v_TKH)
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: KVLayout,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """The reference, see ``PagedAttention``: request after request, all scores of a tile of rows at once."""
+    check_attention(q_TNH, keys, values, layout)
+    out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+    cu_rows, cu_blocks = layout.cu_rows.tolist(), layout.cu_blocks.tolist()
+    for b, text_len in enumerate(layout.text_len.tolist()):
+        blocks = layout.blocks[cu_blocks[b] : cu_blocks[b + 1]].to(keys.device, torch.long)
+        for first in range(cu_rows[b], cu_rows[b + 1], TILE):
+            rows = slice(first, min(first + TILE, cu_rows[b + 1]))
+            seen = _seen(layout, rows, text_len, window).to(keys.device)
+            used = blocks[: -(-seen.shape[1] // layout.block_size)]
+            k_KSH = _gather(keys, used, seen.shape[1])
+            v_KSH = _gather(values, used, seen.shape[1])
+            out_TNH[rows] = _attend(q_TNH[rows], k_KSH, v_KSH, seen, scale, softcap).to(q_TNH.dtype)
+    return out_TNH
+
+
+def _seen(layout: KVLayout, rows: slice, text_len: int, window: int) -> Tensor:
+    """Bool ``[rows, S]``: whether each row sees position ``s``; S is the least that holds all that is seen."""
+    prefix = layout.prefix[rows].unsqueeze(1)
+    bits = (layout.ancestors[rows].unsqueeze(1) >> torch.arange(MAX_NODES)) & 1
+    nodes = int(bits.any(0).nonzero().max()) + 1 if bits.any() else 0
+    length = max(int(prefix.max()), text_len + nodes if nodes else 0)
+    position = torch.arange(length)
+    seen = position < prefix
+    if window:
+        seen &= layout.positions[rows].unsqueeze(1) - position < window
+        # Depth grows by one along a path, so a window holds the deepest nodes of the mask.
+        deeper = bits.flip(1).cumsum(1).flip(1) - bits
+        bits = bits * (deeper < window)
+    if nodes:
+        seen[:, text_len : text_len + nodes] |= bits[:, :nodes].bool()
+    return seen
+
+
+def _gather(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
+    """The first ``length`` positions of one request, float32 ``[K, length, H]``."""
+    return cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].float()
+
+
+def _attend(q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, seen_TS: Tensor, scale: float, softcap: float) -> Tensor:
+    T, N, H = q_TNH.shape
+    K = k_KSH.shape[0]
+    q = q_TNH.float().view(T, K, N // K, H).permute(1, 2, 0, 3).reshape(K, -1, H)
+    scores = (q @ k_KSH.transpose(1, 2)).view(K, N // K, T, -1) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores.masked_fill_(~seen_TS, float("-inf"))
+    weights = scores.softmax(-1).nan_to_num_(0.0)  # nan: a row that sees nothing
+    out = (weights.view(K, -1, weights.shape[-1]) @ v_KSH).view(K, N // K, T, H)
+    return out.permute(2, 0, 1, 3).reshape(T, N, H)
+
+
+def write_kv(keys: Tensor, values: Tensor, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
+    """Stage, see ``PagedAttention.write_kv``."""
+    check_write(keys, values, slots, k_TKH, v_TKH)
+    rows = _slot_rows(keys, slots)
+    H = keys.shape[3]
+    keys.view(-1, H)[rows] = k_TKH.reshape(-1, H).to(keys.dtype)
+    values.view(-1, H)[rows] = v_TKH.reshape(-1, H).to(values.dtype)
+
+
+def move_kv(keys: Tensor, values: Tensor, src_slots: Tensor, dst_slots: Tensor) -> None:
+    """Commit of a path: copy slots ``src_slots`` to ``dst_slots``, all read before any is written."""
+    src, dst = _slot_rows(keys, src_slots), _slot_rows(keys, dst_slots)
+    H = keys.shape[3]
+    for cache in (keys.view(-1, H), values.view(-1, H)):
+        cache[dst] = cache[src]
+
+
+def _slot_rows(cache: Tensor, slots: Tensor) -> Tensor:
+    """Rows of ``cache.view(-1, H)`` that ``slots`` stand for, int64 ``[T * K]``, slot after slot."""
+    K, S = cache.shape[1:3]
+    slots = slots.to(cache.device).unsqueeze(1)
+    return ((slots // S * K + torch.arange(K, device=cache.device)) * S + slots % S).view(-1)
+
+
+def check_attention(q_TNH: Tensor, keys: Tensor, values: Tensor, layout: KVLayout) -> None:
+    """Raise ``InternalError`` unless the arguments have the shapes, strides and dtypes of the contract."""
+    T, N, H = q_TNH.shape
+    K = keys.shape[1]
+    require(keys.shape == values.shape and keys.dtype == values.dtype, "keys and values differ in shape or dtype")
+    require(keys.is_contiguous() and values.is_contiguous(), "keys or values are not contiguous")
+    require(keys.dtype in (torch.float32, torch.bfloat16), f"keys are {keys.dtype}; float32 or bfloat16 is needed")
+    require(q_TNH.dtype in (torch.float32, torch.bfloat16), f"q is {q_TNH.dtype}; float32 or bfloat16 is needed")
+    require(keys.shape[3] == H and N % K == 0, f"q {tuple(q_TNH.shape)} does not fit keys {tuple(keys.shape)}")
+    require(keys.shape[2] == layout.block_size, f"block_size {layout.block_size}, keys {tuple(keys.shape)}")
+    require(q_TNH.stride()[1:] == (H, 1), f"q has strides {q_TNH.stride()}; only rows may be strided")
+    require(layout.prefix.shape[0] == T, f"the layout has {layout.prefix.shape[0]} rows, q has {T}")
+
+
+def check_write(keys: Tensor, values: Tensor, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
+    """Raise ``InternalError`` unless the arguments of ``write_kv`` fit each other."""
+    K, H = keys.shape[1], keys.shape[3]
+    require(keys.shape == values.shape and keys.dtype == values.dtype, "keys and values differ in shape or dtype")
+    require(keys.is_contiguous() and values.is_contiguous(), "keys or values are not contiguous")
+    require(
+        slots.dtype == torch.int64 and slots.is_contiguous(), f"slots are {slots.dtype}; contiguous int64 is needed"
+    )
+    rows = (slots.shape[0], K, H)
+    for name, x in (("k", k_TKH), ("v", v_TKH)):
+        require(x.shape == rows, f"{name} is {tuple(x.shape)}; {rows} is needed")
+        require(x.stride()[1:] == (H, 1), f"{name} has strides {x.stride()}; only rows may be strided")
+
+
+def require(fact: bool, message: str) -> None:
+    """Raise ``InternalError`` with ``message`` unless ``fact``."""
+    if not fact:
+        raise InternalError(f"Paged attention: {message}.")

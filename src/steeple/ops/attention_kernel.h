@@ -1,0 +1,388 @@
+// Attention of one tile of query rows to a range of positions, for one key/value head of a paged cache.
+//
+// The positions are walked in chunks of 64: transpose the keys so that a vector holds one word (one float32 or two
+// bfloat16) of W keys, scores, online softmax, mix values. Every key is read once for all rows and all query heads
+// that share it.
+//
+// Chunks and splits begin at absolute positions, whatever the batch, the tile and the number of threads; a key that a
+// row does not see adds an exact zero; and the order of additions is the same for every size of register tile. So the
+// result of a row depends on its own keys alone, to the last bit.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+using namespace simd;
+
+constexpr int CHUNK = 64;           // positions per pass, one bit each in a row's mask
+constexpr int SPLIT = 512;          // positions whose sums are kept apart, so that threads can share a request
+constexpr float NOTHING = -1e30f;   // maximum of no scores
+constexpr float MASKED = -3e38f;    // score of an unseen key, far below any maximum
+constexpr float LOG2E = 1.4426950408889634f;
+
+struct Call {
+    const char *q, *keys, *values;
+    char* out;
+    const int32_t *cu_rows, *blocks, *cu_blocks, *prefix, *text_len, *positions;
+    const int64_t* ancestors;
+    int64_t q_stride, requests, num_blocks, block_size, heads, kv_heads, head_dim, window;
+    float scale, softcap;
+    bool q_bf16, kv_bf16;
+    int kind;
+
+    int64_t group() const { return heads / kv_heads; }
+    int64_t words() const { return kv_bf16 ? head_dim / 2 : head_dim; }
+    int64_t width() const { return (head_dim + W - 1) / W * W; }  // floats of one accumulator
+    int kv_bytes() const { return kv_bf16 ? 2 : 4; }
+};
+
+struct Row {
+    int64_t first, last;  // text positions it sees
+    uint64_t nodes;       // draft nodes it sees
+};
+
+struct Tile {
+    int64_t request, row, rows;
+    int64_t first, last;  // union of the positions that its rows see
+    int64_t splits() const { return (last + SPLIT - 1) / SPLIT - first / SPLIT; }
+};
+
+struct Sums {  // of a set of queries over a set of keys: largest score, sum of weights, weighted values
+    float *most, *mass, *acc;
+};
+
+uint64_t below(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
+
+Row row_of(const Call& c, int64_t row) {
+    Row r{0, c.prefix[row], (uint64_t)c.ancestors[row]};
+    if (c.window) {
+        r.first = std::max<int64_t>(0, c.positions[row] - c.window + 1);
+        uint64_t kept = 0, left = r.nodes;  // depth grows by one along a path: a window holds its deepest nodes
+        for (int64_t i = 0; i < c.window && left; i++) {
+            const uint64_t top = 1ull << (63 - __builtin_clzll(left));
+            kept |= top;
+            left ^= top;
+        }
+        r.nodes = kept;
+    }
+    return r;
+}
+
+uint64_t seen(const Row& r, int64_t text_len, int64_t start) {  // bit i: the row sees position start + i
+    const int64_t shift = text_len - start;
+    uint64_t nodes = 0;
+    if (shift >= 0 && shift < 64) nodes = r.nodes << shift;
+    if (shift < 0 && shift > -64) nodes = r.nodes >> -shift;
+    return (below(r.last - start) & ~below(r.first - start)) | nodes;
+}
+
+struct Work {  // one thread's room for one tile and head
+    Work(const Call& call, int64_t most_rows)
+        : c(call), rows(most_rows), masks(most_rows), packed(most_rows * call.group() * call.head_dim),
+          turned(CHUNK * call.words()), scores(most_rows * call.group() * CHUNK), lanes(most_rows * call.group() * W) {}
+
+    const Call& c;
+    Tile tile;
+    int64_t head, queries;
+    std::vector<Row> rows;
+    std::vector<uint64_t> masks;       // of the chunk, per row
+    std::vector<float> packed, turned;  // queries by register tile; keys of a chunk, transposed
+    std::vector<float> scores;         // [queries, CHUNK], then weights
+    std::vector<float> lanes;          // sums of weights of the split [queries, W]
+    Sums part;                         // of the split
+    int64_t here[CHUNK], next[CHUNK];  // byte offsets of the keys of this chunk and the next
+    int count, next_count;
+};
+
+// Rows of a register tile: `queries` in equal parts of at most MAX_ROWS.
+int rows_of(int64_t queries, int64_t done) {
+    const int64_t left = queries - done, parts = (left + MAX_ROWS - 1) / MAX_ROWS;
+    return (int)((left + parts - 1) / parts);
+}
+
+void pack_queries(Work& w) {
+    const Call& c = w.c;
+    const int64_t G = c.group(), H = c.head_dim;
+    float* to = w.packed.data();
+    for (int64_t m0 = 0; m0 < w.queries;) {
+        const int n = rows_of(w.queries, m0);
+        const int64_t steps = c.kind == BF16_DOT ? H / 2 : H, per = q_words(c.kind);
+        for (int i = 0; i < n; i++) {
+            const int64_t m = m0 + i, element = (w.tile.row + m / G) * c.q_stride + (w.head * G + m % G) * H;
+            for (int64_t s = 0; s < steps; s++) {
+                float* word = to + (s / per * n + i) * per + s % per;
+                if (c.kind == BF16_DOT) std::memcpy(word, c.q + element * 2 + s * 4, 4);
+                else *word = c.q_bf16 ? widen1(((const uint16_t*)c.q)[element + s]) : ((const float*)c.q)[element + s];
+            }
+        }
+        to += steps * n;
+        m0 += n;
+    }
+}
+
+// Byte offsets of positions start..; false if the block table does not hold them.
+bool locate(const Call& c, const Tile& t, int64_t head, int64_t start, int64_t* offsets, int& count) {
+    count = (int)std::max<int64_t>(0, std::min<int64_t>(CHUNK, t.last - start));
+    const int32_t* table = c.blocks + c.cu_blocks[t.request];
+    const int64_t entries = c.cu_blocks[t.request + 1] - c.cu_blocks[t.request];
+    const int64_t row = c.head_dim * c.kv_bytes();
+    for (int i = 0; i < count;) {
+        const int64_t index = (start + i) / c.block_size, offset = (start + i) % c.block_size;
+        if (index >= entries || table[index] < 0 || table[index] >= c.num_blocks) return false;
+        const int64_t base = ((int64_t)table[index] * c.kv_heads + head) * c.block_size;
+        const int n = (int)std::min<int64_t>(count - i, c.block_size - offset);
+        for (int j = 0; j < n; j++) offsets[i + j] = (base + offset + j) * row;
+        i += n;
+    }
+    for (int i = count; i < CHUNK && count; i++) offsets[i] = offsets[count - 1];  // readable; masked later
+    return true;
+}
+
+void open_tile(Work& w, const Tile& tile, int64_t head) {
+    w.tile = tile;
+    w.head = head;
+    w.queries = tile.rows * w.c.group();
+    for (int64_t r = 0; r < tile.rows; r++) w.rows[r] = row_of(w.c, tile.row + r);
+    pack_queries(w);
+}
+
+void turn_keys(Work& w) {  // turned[group of W keys][word][key]
+    const Call& c = w.c;
+    const int64_t words = c.words();
+    for (int g = 0; g * W < w.count; g++) {
+        const int64_t *from = w.here + g * W, *ahead = w.next + g * W;
+        for (int64_t word = 0; word < words; word += W) {
+            vi r[W];
+            const int n = (int)std::min<int64_t>(W, words - word);
+            for (int i = 0; i < W; i++) {
+                const char* key = c.keys + from[i] + word * 4;
+                r[i] = n == W ? load<vi>(key) : load_part<vi>(key, n * 4);
+                if (w.next_count) __builtin_prefetch(c.keys + ahead[i] + word * 4, 0, 2);
+            }
+            transpose(r);
+            float* to = w.turned.data() + (g * words + word) * W;
+            for (int i = 0; i < n; i++) store(to + i * W, r[i]);
+        }
+    }
+}
+
+template <int KIND, int ROWS, int GROUPS>
+void score(const float* q, const float* turned, int64_t words, float* scores) {
+    vf acc[ROWS][GROUPS] = {};
+    for (int64_t word = 0; word < words; word++) {
+        vi k[GROUPS];
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUPS; g++) k[g] = load<vi>(turned + (g * words + word) * W);
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS; m++) {
+#pragma GCC unroll 8
+            for (int g = 0; g < GROUPS; g++) acc[m][g] = step<KIND>(acc[m][g], q + m * q_words(KIND), k[g]);
+        }
+        q += ROWS * q_words(KIND);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++) {
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUPS; g++) store(scores + m * CHUNK + g * W, acc[m][g]);
+    }
+}
+
+template <int KIND, int ROWS> void score_groups(const Work& w, const float* q, float* scores) {
+    const int64_t words = w.c.words();
+    int g = 0;
+    for (; (g + MAX_GROUPS) * W <= CHUNK && g * W < w.count; g += MAX_GROUPS)
+        score<KIND, ROWS, MAX_GROUPS>(q, &w.turned[g * words * W], words, scores + g * W);
+}
+
+template <int KIND, int ROWS = MAX_ROWS> void score_rows(const Work& w, int rows, const float* q, float* scores) {
+    if (rows == ROWS) score_groups<KIND, ROWS>(w, q, scores);
+    else if constexpr (ROWS > 1) score_rows<KIND, ROWS - 1>(w, rows, q, scores);
+}
+
+void score_chunk(Work& w) {
+    const float* q = w.packed.data();
+    for (int64_t m = 0; m < w.queries;) {
+        const int n = rows_of(w.queries, m);
+        if (w.c.kind == F32) score_rows<F32>(w, n, q, &w.scores[m * CHUNK]);
+        else if (w.c.kind == BF16) score_rows<BF16>(w, n, q, &w.scores[m * CHUNK]);
+        else score_rows<BF16_DOT>(w, n, q, &w.scores[m * CHUNK]);
+        q += w.c.words() * q_words(w.c.kind) * n;
+        m += n;
+    }
+}
+
+vf lane_bits() {
+    vi bits;
+    for (int i = 0; i < W; i++) bits[i] = 1 << i;
+    return (vf)bits;
+}
+
+// Scale, cap and mask the scores of one query in place; the largest.
+float finish_scores(const Call& c, float* scores, uint64_t mask) {
+    const float scale = c.scale * LOG2E;
+    vf most = splat(NOTHING);
+    const vi bits = (vi)lane_bits(), none = {};
+    for (int g = 0; g < CHUNK / W; g++) {
+        vf s = load<vf>(scores + g * W);
+        if (c.softcap == 0.0f) s = s * scale;
+        else {
+            const vf x = s * (c.scale / c.softcap) * (2.0f * LOG2E);
+            s = (1.0f - 2.0f / (exp2(x < 40.0f ? x : splat(40.0f)) + 1.0f)) * (c.softcap * LOG2E);
+        }
+        if (mask != ~0ull) s = ((splat((int32_t)(mask >> (g * W))) & bits) != none) ? s : splat(MASKED);
+        store(scores + g * W, s);
+        most = larger(most, s);
+    }
+    return largest(most);
+}
+
+void softmax_chunk(Work& w) {  // scores -> weights relative to the running maximum; rescales the sums to it
+    const int64_t G = w.c.group(), width = w.c.width();
+    for (int64_t m = 0; m < w.queries; m++) {
+        float* scores = &w.scores[m * CHUNK];
+        const uint64_t mask = w.masks[m / G];
+        if (!mask) {
+            std::memset(scores, 0, CHUNK * sizeof(float));
+            continue;
+        }
+        const float most = finish_scores(w.c, scores, mask);
+        float* lanes = &w.lanes[m * W];
+        vf sum = load<vf>(lanes);
+        if (most > w.part.most[m]) {
+            const vf shrink = exp2(splat(w.part.most[m] - most));
+            float* acc = w.part.acc + m * width;
+            for (int64_t h = 0; h < width; h += W) store(acc + h, load<vf>(acc + h) * shrink);
+            sum = sum * shrink;
+            w.part.most[m] = most;
+        }
+        const vf top = splat(w.part.most[m]);
+        for (int g = 0; g < CHUNK / W; g++) {
+            const vf weight = exp2(load<vf>(scores + g * W) - top);
+            store(scores + g * W, weight);
+            sum = sum + weight;
+        }
+        store(lanes, sum);
+    }
+}
+
+template <bool HALF> inline vf load_value(const char* at, int left) {
+    if constexpr (HALF) return widen(left >= W ? load<vh>(at) : load_part<vh>(at, left * 2));
+    else return left >= W ? load<vf>(at) : load_part<vf>(at, left * 4);
+}
+
+// acc[rows, columns of W] += weights[rows, count] x values[count, columns]; `left`: elements up to the head's end.
+template <bool HALF, int ROWS, int COLUMNS>
+void mix(const Work& w, const char* values, const float* weights, float* acc, int left) {
+    const int64_t width = w.c.width();
+    vf sum[ROWS][COLUMNS];
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++) {
+#pragma GCC unroll 8
+        for (int h = 0; h < COLUMNS; h++) sum[m][h] = load<vf>(acc + m * width + h * W);
+    }
+    for (int s = 0; s < w.count; s++) {
+        vf v[COLUMNS];
+#pragma GCC unroll 8
+        for (int h = 0; h < COLUMNS; h++)
+            v[h] = load_value<HALF>(values + w.here[s] + h * W * (HALF ? 2 : 4), COLUMNS == 1 ? left : W);
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS; m++) {
+#pragma GCC unroll 8
+            for (int h = 0; h < COLUMNS; h++) sum[m][h] = sum[m][h] + weights[m * CHUNK + s] * v[h];
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++) {
+#pragma GCC unroll 8
+        for (int h = 0; h < COLUMNS; h++) store(acc + m * width + h * W, sum[m][h]);
+    }
+}
+
+template <bool HALF, int ROWS> void mix_columns(const Work& w, const float* weights, float* acc, bool ahead) {
+    const int H = (int)w.c.head_dim, bytes = HALF ? 2 : 4;
+    for (int h = 0; h < H;) {
+        const char* values = w.c.values + h * bytes;
+        const int step = h + MAX_COLUMNS * W <= H ? MAX_COLUMNS * W : W;
+        if (ahead)
+            for (int s = 0; s < w.next_count; s++)
+                for (int b = 0; b < step * bytes; b += 64) __builtin_prefetch(values + w.next[s] + b, 0, 2);
+        if (step > W) mix<HALF, ROWS, MAX_COLUMNS>(w, values, weights, acc + h, W);
+        else mix<HALF, ROWS, 1>(w, values, weights, acc + h, H - h);
+        h += step;
+    }
+}
+
+template <bool HALF, int ROWS = MAX_ROWS>
+void mix_rows(const Work& w, int rows, const float* weights, float* acc, bool ahead) {
+    if (rows == ROWS) mix_columns<HALF, ROWS>(w, weights, acc, ahead);
+    else if constexpr (ROWS > 1) mix_rows<HALF, ROWS - 1>(w, rows, weights, acc, ahead);
+}
+
+void mix_chunk(Work& w) {
+    for (int64_t m = 0; m < w.queries;) {
+        const int n = rows_of(w.queries, m);
+        float *weights = &w.scores[m * CHUNK], *acc = w.part.acc + m * w.c.width();
+        if (w.c.kv_bf16) mix_rows<true>(w, n, weights, acc, m == 0);
+        else mix_rows<false>(w, n, weights, acc, m == 0);
+        m += n;
+    }
+}
+
+void clear(const Sums& s, int64_t queries, int64_t width) {
+    std::fill_n(s.most, queries, NOTHING);
+    std::fill_n(s.mass, queries, 0.0f);
+    std::fill_n(s.acc, queries * width, 0.0f);
+}
+
+void add(const Sums& to, const Sums& from, int64_t queries, int64_t width) {
+    for (int64_t m = 0; m < queries; m++) {
+        const float most = std::max(to.most[m], from.most[m]);
+        const vf old = exp2(splat(to.most[m] - most)), fresh = exp2(splat(from.most[m] - most));
+        float* acc = to.acc + m * width;
+        for (int64_t h = 0; h < width; h += W)
+            store(acc + h, load<vf>(acc + h) * old + load<vf>(from.acc + m * width + h) * fresh);
+        to.mass[m] = to.mass[m] * old[0] + from.mass[m] * fresh[0];
+        to.most[m] = most;
+    }
+}
+
+// Sums of one split into w.part.
+bool run_split(Work& w, int64_t split) {
+    const Call& c = w.c;
+    const int64_t text_len = c.text_len[w.tile.request], stop = std::min(w.tile.last, (split + 1) * SPLIT);
+    const int64_t begin = std::max(split * SPLIT, w.tile.first / CHUNK * CHUNK);
+    clear(w.part, w.queries, c.width());
+    std::fill(w.lanes.begin(), w.lanes.end(), 0.0f);
+    for (int64_t start = begin; start < stop; start += CHUNK) {
+        if (!locate(c, w.tile, w.head, start, w.here, w.count)) return false;
+        if (!locate(c, w.tile, w.head, start + CHUNK, w.next, w.next_count)) return false;
+        uint64_t any = 0;
+        for (int64_t r = 0; r < w.tile.rows; r++) any |= w.masks[r] = seen(w.rows[r], text_len, start);
+        if (!any) continue;
+        turn_keys(w);
+        score_chunk(w);
+        softmax_chunk(w);
+        mix_chunk(w);
+    }
+    for (int64_t m = 0; m < w.queries; m++) w.part.mass[m] = total(load<vf>(&w.lanes[m * W]));
+    return true;
+}
+
+void write_out(const Call& c, const Tile& t, int64_t head, const Sums& sums) {
+    const int64_t G = c.group(), H = c.head_dim;
+    for (int64_t m = 0; m < t.rows * G; m++) {
+        const float inverse = sums.mass[m] > 0.0f ? 1.0f / sums.mass[m] : 0.0f;
+        const float* acc = sums.acc + m * c.width();
+        const int64_t element = ((t.row + m / G) * c.heads + head * G + m % G) * H;
+        for (int64_t h = 0; h < H; h++) {
+            if (c.q_bf16) ((uint16_t*)c.out)[element + h] = narrow1(acc[h] * inverse);
+            else ((float*)c.out)[element + h] = acc[h] * inverse;
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,57 @@
+"""Counter-based random numbers: every draw is a pure function of (request seed, text length, stream, lane).
+
+So a request's draws belong to it alone, whatever runs beside it, on every device, and after a preemption; and no two
+decisions ever use the same number, because the text grows by at least one token a round.
+The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Stream(IntEnum):
+    """What a draw decides. Different streams of one request are independent."""
+
+    DRAFT = 1
+    ACCEPT = 2
+    FINAL = 3
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's own keeps the sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(seed: Tensor, counter: Tensor, stream: Stream, lane: Tensor | int = 0) -> Tensor:
+    """Independent numbers in [0, 1), float64, elementwise over int64 ``seed``, ``counter`` and ``lane``."""
+    state = _mix(seed + _signed(_GOLDEN * int(stream) % 2**64))
+    state = _mix(state ^ _mix(counter * _GOLDEN + 1))
+    lanes = lane if isinstance(lane, Tensor) else torch.full_like(state, lane)
+    state = _mix(state ^ _mix(lanes * _GOLDEN + 2))
+    return _shift_right(state, 11).to(torch.float64) * 2.0**-53
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """The seed of output ``index`` of a request with n outputs; index 0 keeps the seed."""
+    if index == 0:
+        return seed
+    return int(_mix(torch.tensor([seed], dtype=torch.int64) ^ _mix(torch.tensor([index], dtype=torch.int64)))[0])

@@ -1,0 +1,147 @@
+// Vectors of the machine this is compiled for, as GCC/Clang vector extensions: 16, 8 or 4 lanes of 32 bits.
+// Intrinsics only for the bfloat16 dot product, and where compilers miss the one instruction that widens. The compiler is told -march=native, so there is no dispatch.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace simd {
+
+#if defined(__AVX512F__)
+constexpr int W = 16, MAX_ROWS = 6, MAX_GROUPS = 4, MAX_COLUMNS = 4;  // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int W = 8, MAX_ROWS = 4, MAX_GROUPS = 2, MAX_COLUMNS = 2;  // 8 of 16
+#elif defined(__aarch64__)
+constexpr int W = 4, MAX_ROWS = 4, MAX_GROUPS = 4, MAX_COLUMNS = 4;  // 16 of 32
+#else
+constexpr int W = 4, MAX_ROWS = 4, MAX_GROUPS = 2, MAX_COLUMNS = 2;  // 8 of 16
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+constexpr bool HAS_DOT = true;
+#else
+constexpr bool HAS_DOT = false;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+template <class V> inline V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof(V));
+    return v;
+}
+template <class V> inline V load_part(const void* from, int bytes) {  // zeros after the first `bytes`
+    V v = {};
+    std::memcpy(&v, from, bytes);
+    return v;
+}
+template <class V> inline void store(void* to, V v) { std::memcpy(to, &v, sizeof(V)); }
+
+inline vf splat(float x) { return x - vf{}; }
+inline vi splat(int32_t x) { return x - vi{}; }
+inline vf widen(vh h) {  // bfloat16 -> float32
+#if defined(__AVX512F__)
+    const vu wide = (vu)_mm512_maskz_cvtepu16_epi32((__mmask16)-1, (__m256i)h);
+#elif defined(__AVX2__)
+    const vu wide = (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    const vu wide = __builtin_convertvector(h, vu);
+#endif
+    return (vf)(wide << 16);
+}
+inline vf low_half(vi pair) { return (vf)(pair << 16); }                            // first of two bfloat16
+inline vf high_half(vi pair) { return (vf)(pair & splat((int32_t)0xffff0000)); }  // second
+inline vf larger(vf a, vf b) { return a > b ? a : b; }
+
+inline float widen1(uint16_t h) {
+    const uint32_t bits = (uint32_t)h << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline uint16_t narrow1(float f) {  // round to nearest even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    if (f != f) return (uint16_t)((bits >> 16) | 0x40);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(__clang__)
+template <int... I> inline vi pick(vi a, vi b) { return __builtin_shufflevector(a, b, I...); }
+#else
+template <int... I> inline vi pick(vi a, vi b) { return __builtin_shuffle(a, b, vi{I...}); }
+#endif
+
+template <int... I> struct Lanes {};
+template <int N, int... I> struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
+template <int... I> struct MakeLanes<0, I...> { typedef Lanes<I...> type; };
+typedef MakeLanes<W>::type AllLanes;
+
+template <int D, int... L> inline void exchange(vi& a, vi& b, Lanes<L...>) {  // swap off-diagonal DxD squares
+    const vi first = pick<((L & D) ? W + L - D : L)...>(a, b);
+    b = pick<((L & D) ? W + L : L + D)...>(a, b);
+    a = first;
+}
+template <int D> inline void transpose_step(vi (&r)[W]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        if (!(i & D)) exchange<D>(r[i], r[i + D], AllLanes{});
+}
+inline void transpose(vi (&r)[W]) {
+    transpose_step<1>(r);
+    transpose_step<2>(r);
+    if constexpr (W > 4) transpose_step<4>(r);
+    if constexpr (W > 8) transpose_step<8>(r);
+}
+
+template <int D, int... L> inline vi fold_by(vi v, Lanes<L...>) { return pick<(L ^ D)...>(v, v); }
+template <int D> inline vi swapped(vi v) { return fold_by<D>(v, AllLanes{}); }
+inline float largest(vf v) {
+    if constexpr (W > 8) v = larger(v, (vf)swapped<8 % W>((vi)v));
+    if constexpr (W > 4) v = larger(v, (vf)swapped<4 % W>((vi)v));
+    v = larger(v, (vf)swapped<2>((vi)v));
+    return larger(v, (vf)swapped<1>((vi)v))[0];
+}
+inline float total(vf v) {
+    if constexpr (W > 8) v = v + (vf)swapped<8 % W>((vi)v);
+    if constexpr (W > 4) v = v + (vf)swapped<4 % W>((vi)v);
+    v = v + (vf)swapped<2>((vi)v);
+    return (v + (vf)swapped<1>((vi)v))[0];
+}
+
+// 2^x to 2 ulp for x <= 127; exactly 1 at 0 and exactly 0 below -126.
+inline vf exp2(vf x) {
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    const vf low = splat(-126.0f), zero = {};
+    const vf y = larger(x, low), shifted = y + magic, f = y - (shifted - magic);
+    vf p = splat(1.5403530e-4f);
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    const vi exponent = ((vi)shifted - (vi)magic) << 23;
+    return x < low ? zero : (vf)((vi)p + exponent);
+}
+
+// acc + q * k for one 32-bit word of a key per lane: one float32 or two bfloat16.
+enum Kind { F32 = 0, BF16 = 1, BF16_DOT = 2 };
+template <int KIND> inline vf step(vf acc, const float* q, vi k) {
+    if constexpr (KIND == F32) return acc + splat(q[0]) * (vf)k;
+    if constexpr (KIND == BF16) return (acc + splat(q[0]) * low_half(k)) + splat(q[1]) * high_half(k);
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+    if constexpr (KIND == BF16_DOT)
+        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)splat(load<int32_t>(q)), (__m512bh)k);
+#endif
+    return acc;
+}
+constexpr int q_words(int kind) { return kind == BF16 ? 2 : 1; }  // words of a query per word of a key
+
+}  // namespace simd

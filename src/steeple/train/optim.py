@@ -1,0 +1,88 @@
+"""Optimisers and schedule: Muon for the matrices inside the layers, AdamW for embedding, head and norms.
+
+Muon: Jordan et al. 2024, learning rate matched to AdamW's update size as in Liu et al. 2025 (arXiv:2502.16982).
+Schedule: warm up, stay, decay linearly to zero (WSD, Hu et al. 2024, arXiv:2404.06395).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from steeple.config import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Peak learning rates and decay of the groups.
+
+    Attributes:
+        matrix: Muon's, for the matrices of the layers.
+        embed: AdamW's, for the embedding.
+        head: AdamW's, for the output head.
+        norm: AdamW's, for the norm weights.
+        weight_decay: of the matrices, per step and unit of learning rate.
+    """
+
+    matrix: float = 3e-3
+    embed: float = 2e-2
+    head: float = 3e-3
+    norm: float = 3e-3
+    weight_decay: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("matrix", "embed", "head", "norm", "weight_decay"):
+            check_range("Rates", name, getattr(self, name), 0.0, 1.0)
+
+
+class Optimizers:
+    """The optimisers of one model, stepped and saved together."""
+
+    def __init__(self, model: nn.Module, rates: Rates) -> None:
+        named = dict(model.named_parameters())
+        matrices = [p for name, p in named.items() if name.startswith("layers.") and p.ndim == 2]
+        vectors = [p for p in named.values() if p.ndim < 2]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for name, p in named.items() if name.startswith("embed.")], "lr": rates.embed},
+            {"params": [p for name, p in named.items() if name.startswith("head.")], "lr": rates.head},
+            {"params": vectors, "lr": rates.norm},
+        ]
+        adam = AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+        muon = Muon(
+            matrices,
+            lr=rates.matrix,
+            weight_decay=rates.weight_decay,
+            momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self.each: tuple[Optimizer, ...] = (muon, adam)
+        self.peaks = [[float(g["lr"]) for g in o.param_groups] for o in self.each]
+
+    def step(self, scale: float) -> None:
+        """One update with every peak rate multiplied by ``scale``; gradients are dropped afterwards."""
+        for optimizer, peaks in zip(self.each, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The states, in a fixed order."""
+        return [o.state_dict() for o in self.each]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Restore what ``state_dict`` gave."""
+        for optimizer, state in zip(self.each, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def wsd(step: int, total: int, warmup: int, decay_share: float) -> float:
+    """The factor on the peak learning rate at ``step`` of ``total`` (warm up, stay, linear decay to zero).
+
+    It depends on the step and the planned total alone, so resuming with a smaller total only starts the decay earlier.
+    """
+    decay = max(1.0, decay_share * total)
+    return min(1.0, (step + 1) / max(1, warmup), max(0.0, (total - step) / decay))
