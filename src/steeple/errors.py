@@ -1,15 +1,15 @@
 """Everything Steeple raises on purpose. Each error names its subject, the value and a remedy.
 
-    SteepleError
-    +-- ConfigError                 a setting is unknown, out of range or contradicts another
-    +-- ModelError                  a model cannot be used
-    |   +-- UnsupportedModel        an architecture or option that the decoder does not have
-    |   +-- WeightError             a weight is missing, unexpected, misshapen or unreadable
-    |   +-- TokenizerMismatch       target and drafter do not speak the same token ids
-    +-- RequestError                one request is wrong; it is answered, the others go on
-    +-- CapacityError               memory does not suffice; says how much is missing and what to lower
-    +-- StorageError                a file cannot be written or read
-    +-- InternalError               an invariant of Steeple broke; never the user's fault
+SteepleError
++-- ConfigError                 a setting is unknown, out of range or contradicts another
++-- ModelError                  a model cannot be used
+|   +-- UnsupportedModel        an architecture or option that the decoder does not have
+|   +-- WeightError             a weight is missing, unexpected, misshapen or unreadable
+|   +-- TokenizerMismatch       target and drafter do not speak the same token ids
++-- RequestError                one request is wrong; it is answered, the others go on
++-- CapacityError               memory does not suffice; says how much is missing and what to lower
++-- StorageError                a file cannot be written or read
++-- InternalError               an invariant of Steeple broke; never the user's fault
 """
 
 from __future__ import annotations

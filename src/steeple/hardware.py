@@ -56,7 +56,7 @@ def cpu_name() -> str:
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Hardware:
-    """Read bandwidth and matrix peak of the device, in about a second. The best of several runs counts: it is a peak."""
+    """Read bandwidth and matrix peak of the device, in about a second. The best of several runs counts."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     reads = _best(_reader(device), 6)
     products = _best(_multiplier(device, dtype), 6)
@@ -66,7 +66,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Hardware:
 def _reader(device: torch.device) -> Callable[[], int]:
     size = 256 * 2**20
     data = torch.ones(size // 4, dtype=torch.float32, device=device)
-    
+
     def read() -> int:
         data.sum()
         return size
@@ -78,7 +78,7 @@ def _multiplier(device: torch.device, dtype: torch.dtype) -> Callable[[], int]:
     n = 1536 if device.type == "cpu" else 8192
     a = torch.randn(n, n, device=device).to(dtype)
     out = torch.empty_like(a)
-    
+
     def multiply() -> int:
         torch.mm(a, a, out=out)
         return 2 * n**3

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from steeple.config import from_dict
 from steeple.draft import drafter_config
 from steeple.draft.base import DrafterConfig
 from steeple.engine import Committed, Engine, EngineConfig, build_engine, load_model
@@ -107,8 +108,6 @@ class LLM:
         config: EngineConfig | None = None,
         **settings: Any,
     ) -> None:
-        from steeple.config import from_dict
-
         self.config = replace(config, **settings) if config is not None else from_dict(EngineConfig, settings)
         method = drafter_config(drafter, k=k) if isinstance(drafter, str) else drafter
         self.model = load_model(model, self.config)
@@ -124,9 +123,7 @@ class LLM:
         finished = {output.id: output for output in self.run(tasks)}
         return [finished[task.id] for task in tasks]
 
-    def chat(
-        self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None
-    ) -> RequestOutput:
+    def chat(self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None) -> RequestOutput:
         """Complete one conversation with the model's own chat template."""
         return self.generate([self.apply_chat_template(messages)], params)[0]
 
@@ -221,7 +218,7 @@ class LLM:
         try:
             if task.id in families:
                 raise RequestError(f"request id {task.id!r} is in use; give every request an id of its own.")
-            prompt = self.tokenizer.encode(task.prompt) if isinstance(task.prompt, str) else [int(t) for t in task.prompt]
+            prompt = self._encode(task.prompt)
             first = Request(task.id, prompt, task.params)
             for index in range(task.params.n):
                 # The base seed is drawn once, so that outputs of one request differ but repeat with its seed.
@@ -236,6 +233,9 @@ class LLM:
             return RequestOutput(task.id, prompt, [answer], SpeculationStats())
         families[task.id] = _Family(task, requests, {})
         return families[task.id]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return list(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else [int(t) for t in prompt]
 
     def _keep_text(self, family: _Family, committed: Committed) -> None:
         if committed.text is not None and committed.text.stopped:

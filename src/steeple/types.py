@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steeple.errors import RequestError
+from steeple.errors import RequestError, did_you_mean
 
 MAX_NODES = 63  # a node's ancestors are the bits of one int64, and the sign bit stays free
 
@@ -75,8 +75,6 @@ class SamplingParams:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Build from a request's own fields; an unknown key raises ``RequestError`` with the closest known one."""
-        from steeple.errors import did_you_mean
-
         known = cls.__dataclass_fields__
         for key in values:
             if key not in known:
@@ -103,7 +101,7 @@ _INT_RANGES: dict[str, tuple[int, int]] = {
 
 def _check_number(name: str, value: object, low: float, high: float, *, whole: bool) -> None:
     kinds: tuple[type, ...] = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    if isinstance(value, bool) or not isinstance(value, kinds) or not isinstance(value, int | float):
         raise RequestError(f"{name} = {value!r} is not {'an integer' if whole else 'a number'}.")
     if not math.isfinite(value) or not low <= value <= high:
         raise RequestError(f"{name} = {value!r} is out of range; give a value from {low} to {high}.")

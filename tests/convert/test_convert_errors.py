@@ -157,7 +157,7 @@ def broken_tokenizers() -> dict[str, tuple[Callable[[Path], object], type[Steepl
         "gguf without": (lambda path: write_bare_gguf(path), StorageError, "holds no tokenizer; give one"),
         "empty": (lambda path: path.write_bytes(b""), StorageError, "0 bytes found"),
         "text": (lambda path: path.write_text("hello"), StorageError, "no known format"),
-        "folder": (lambda path: path.mkdir(), StorageError, "cannot be loaded"),
+        "folder": (lambda path: path.mkdir(), ModelError, "cannot be read"),
         "unigram": (lambda path: write_sentencepiece(path, model_type=1), UnsupportedModel, "type 1"),
         "twice": (lambda path: write_tokenizer_bin(path, (*PIECES, "the")), ModelError, "twice: \\['the'\\]"),
     }

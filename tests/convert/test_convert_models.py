@@ -25,6 +25,7 @@ from tinystore import (
 )
 
 from steeple.convert import ConvertConfig, Format, convert, detect_format
+from steeple.model import load_decoder
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -65,6 +66,22 @@ def test_the_folder_computes_what_llama2c_computes(tmp_path: Path, form: Format,
     assert summary["parameters"] == sum(weight.size for weight in weights.values())
     assert summary["shapes"]["model.layers.0.self_attn.k_proj.weight"] == [shape.kv_heads * 32 // shape.heads, 32]
     assert summary["context"] == shape.context
+
+
+@pytest.mark.parametrize("shape", [Shape(), Shape(tied=False)], ids=["tied", "untied"])
+def test_steeples_own_decoder_computes_the_same(tmp_path: Path, shape: Shape) -> None:
+    _, out = run(tmp_path, Format.LLAMA2C_V0, shape)
+    decoder = load_decoder(out, dtype=torch.float32)
+
+    def attend(layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(0, 1) for x in (q_TNH, k_TKH, v_TKH))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(0, 1)
+
+    hidden = decoder(torch.tensor(TEXT), torch.arange(len(TEXT)), attend)
+    expected = llama2c_logits(shape, make_weights(shape), TEXT)
+    np.testing.assert_allclose(decoder.logits(hidden.final_TD).numpy(), expected, atol=2e-4)
+    assert decoder.config.eos_token_ids == (1, 2)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinystore import PIECES, SPACE, Shape, make_weights, write_gguf, write_sentencepiece, write_tokenizer_bin
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from steeple.convert.tokenizer import build, read_sentencepiece, read_tokenizer, read_tokenizer_bin
 
@@ -105,3 +107,32 @@ def test_bytes_join_to_characters_and_pieces_are_never_taken_for_bytes(tmp_path:
     ids = tokenizer.encode("\u00e9", add_special_tokens=False)
     assert ids == [PIECES.index(SPACE), PIECES.index("<0xC3>"), PIECES.index("<0xA9>")]
     assert PIECES.index("<0x41>") not in tokenizer.encode("<0x41>")
+
+
+def test_other_tokenizers_inside_a_gguf_are_read_by_transformers(tmp_path: Path) -> None:
+    letters = sorted(bytes_to_unicode().values())
+    tokens = [*letters, "th", "the", "<|end|>"]
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "qwen2")
+    for add, size in (
+        (writer.add_context_length, 16),
+        (writer.add_embedding_length, 32),
+        (writer.add_feed_forward_length, 64),
+        (writer.add_block_count, 1),
+        (writer.add_head_count, 4),
+        (writer.add_head_count_kv, 2),
+        (writer.add_eos_token_id, len(tokens) - 1),
+    ):
+        add(size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 1) + [3])
+    writer.add_token_merges(["t h", "th e"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokenizer, name = read_tokenizer(tmp_path / "t.gguf", "auto")
+    assert name == "gguf"
+    assert tokenizer.encode("the<|end|>") == [257, 258]
+    assert tokenizer.decode(tokenizer.encode("the d\u00e9j\u00e0")) == "the d\u00e9j\u00e0"

@@ -26,6 +26,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 from steeple.convert.gguf_file import BROKEN, metadata, open_gguf, token_id
 from steeple.convert.source import MAGIC_GGUF, file_size
 from steeple.errors import ModelError, StorageError, UnsupportedModel
+from steeple.hf import load_tokenizer
 
 SPACE = "\u2581"  # what sentencepiece writes for a space
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -72,10 +73,11 @@ def read_tokenizer(path: Path, spaces: str) -> tuple[Any, str]:
 
     Raises:
         StorageError: there is no such file, or it is broken or of no known format.
-        UnsupportedModel: a sentencepiece model other than byte-pair encoding.
+        UnsupportedModel: a sentencepiece model other than byte-pair encoding, a GGUF tokenizer of unknown type.
+        ModelError: a folder without a readable tokenizer, or a vocabulary that holds a piece twice.
     """
     if path.is_dir():
-        return _load_folder(path), "hugging face"
+        return load_tokenizer(path), "hugging face"
     size = file_size(path, "tokenizer")
     with path.open("rb") as file:
         head = file.read(4)
@@ -91,13 +93,6 @@ def read_tokenizer(path: Path, spaces: str) -> tuple[Any, str]:
         f"tokenizer {str(path)!r} is of no known format (it begins with {head!r}). Known: sentencepiece .model, "
         "llama2.c tokenizer.bin, .gguf, a Hugging Face folder."
     )
-
-
-def _load_folder(path: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise StorageError(f"tokenizer folder {str(path)!r} cannot be loaded: {error}") from error
 
 
 def read_sentencepiece(path: Path) -> Vocabulary:

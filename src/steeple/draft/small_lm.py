@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class SmallLMConfig:
         return SmallLM(self, decoder, around)
 
 
-def _sibling(around: Surroundings) -> hf.Path:
+def _sibling(around: Surroundings) -> Path:
     folder = around.model_folder.parent / "small" if around.model_folder is not None else None
     if folder is None or not (folder / "config.json").exists():
         raise ConfigError(

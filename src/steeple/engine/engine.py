@@ -62,7 +62,7 @@ class Engine:
         self.drafter = parts.drafter
         self.stats = EngineStats()
         self._most_nodes = parts.drafter.needs.nodes if parts.drafter is not None else 0
-        self.budget: Callable[[Request], int] = lambda request: self._most_nodes
+        self.budget: Callable[[Request], int] = lambda _request: self._most_nodes
         self._runner = Runner(parts.decoder, parts.cache, parts.attention)
         self._judge = Judge(self._runner)
         self._keep = parts.drafter.needs.hidden if parts.drafter is not None else ()
@@ -139,9 +139,7 @@ class Engine:
                 self._leave(work.request)
             else:
                 work.request.check()
-        self.stats.time(
-            all(fresh), time.perf_counter() - started, draft_end - draft_start, forward_end - forward_start
-        )
+        self.stats.time(all(fresh), time.perf_counter() - started, draft_end - draft_start, forward_end - forward_start)
         return out
 
     def _propose(self, plan: Sequence[Work], fresh: Sequence[bool]) -> Draft:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ class Judge:
     def _on_host(self, verdict: Verdict, draft: Draft, requests: Sequence[Request], raw_RV: Tensor) -> Judgement:
         cu = verdict.cu.tolist()
         flat = verdict.tokens.tolist()
-        tokens = [flat[a:b] for a, b in zip(cu[:-1], cu[1:], strict=True)]
+        tokens = [flat[a:b] for a, b in pairwise(cu)]
         kept_flat, base = verdict.kept.tolist(), draft.cu.tolist()
         kept, at = [], 0
         for b, own in enumerate(tokens):

@@ -41,7 +41,7 @@ def rotate(x_TNH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     cos, sin = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)
     first, second = x_TNH[..., :R], x_TNH[..., R : 2 * R]
     parts = [first * cos - second * sin, second * cos + first * sin]
-    if 2 * R < x_TNH.shape[-1]:
+    if x_TNH.shape[-1] > 2 * R:
         parts.append(x_TNH[..., 2 * R :])
     return torch.cat(parts, dim=-1)
 

@@ -83,21 +83,41 @@ template <int N, int... I> struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
 template <int... I> struct MakeLanes<0, I...> { typedef Lanes<I...> type; };
 typedef MakeLanes<W>::type AllLanes;
 
-template <int D, int... L> inline void exchange(vi& a, vi& b, Lanes<L...>) {  // swap off-diagonal DxD squares
-    const vi first = pick<((L & D) ? W + L - D : L)...>(a, b);
-    b = pick<((L & D) ? W + L : L + D)...>(a, b);
-    a = first;
+// The shuffles of a transpose, all of one instruction: interleave words or pairs of words within quarters of four
+// lanes, and take the even or odd quarters of two vectors.
+template <int HIGH, int... L> inline vi words_of(vi a, vi b, Lanes<L...>) {
+    return pick<((L & ~3) + 2 * HIGH + (L & 3) / 2 + (L & 1) * W)...>(a, b);
 }
-template <int D> inline void transpose_step(vi (&r)[W]) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++)
-        if (!(i & D)) exchange<D>(r[i], r[i + D], AllLanes{});
+template <int HIGH, int... L> inline vi pairs_of(vi a, vi b, Lanes<L...>) {
+    return pick<((L & ~3) + 2 * HIGH + (L & 1) + (L & 3) / 2 * W)...>(a, b);
+}
+template <int ODD, int... L> inline vi quarters_of(vi a, vi b, Lanes<L...>) {
+    return pick<((2 * (L / 4) + ODD) * 4 + (L & 3))...>(a, b);
 }
 inline void transpose(vi (&r)[W]) {
-    transpose_step<1>(r);
-    transpose_step<2>(r);
-    if constexpr (W > 4) transpose_step<4>(r);
-    if constexpr (W > 8) transpose_step<8>(r);
+    vi t[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i += 4) {
+        const vi a = words_of<0>(r[i], r[i + 1], AllLanes{}), b = words_of<1>(r[i], r[i + 1], AllLanes{});
+        const vi c = words_of<0>(r[i + 2], r[i + 3], AllLanes{}), d = words_of<1>(r[i + 2], r[i + 3], AllLanes{});
+        t[i] = pairs_of<0>(a, c, AllLanes{}), t[i + 1] = pairs_of<1>(a, c, AllLanes{});
+        t[i + 2] = pairs_of<0>(b, d, AllLanes{}), t[i + 3] = pairs_of<1>(b, d, AllLanes{});
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {  // now quarter g of t[4 k + j] is column 4 g + j of rows 4 k..4 k + 3
+        if constexpr (W == 4) r[j] = t[j];
+        if constexpr (W == 8) {
+            r[j] = quarters_of<0>(t[j], t[(4 + j) % W], AllLanes{});
+            r[(4 + j) % W] = quarters_of<1>(t[j], t[(4 + j) % W], AllLanes{});
+        }
+        if constexpr (W == 16) {
+            const vi &a = t[j], &b = t[(4 + j) % W], &c = t[(8 + j) % W], &d = t[(12 + j) % W];
+            const vi even = quarters_of<0>(a, b, AllLanes{}), odd = quarters_of<1>(a, b, AllLanes{});
+            const vi even2 = quarters_of<0>(c, d, AllLanes{}), odd2 = quarters_of<1>(c, d, AllLanes{});
+            r[j] = quarters_of<0>(even, even2, AllLanes{}), r[(8 + j) % W] = quarters_of<1>(even, even2, AllLanes{});
+            r[(4 + j) % W] = quarters_of<0>(odd, odd2, AllLanes{}), r[(12 + j) % W] = quarters_of<1>(odd, odd2, AllLanes{});
+        }
+    }
 }
 
 template <int D, int... L> inline vi fold_by(vi v, Lanes<L...>) { return pick<(L ^ D)...>(v, v); }

@@ -38,8 +38,8 @@ def plan_cache(
         if blocks * per_block > available:
             missing = blocks * per_block - available
             raise CapacityError(
-                f"kv_tokens = {wanted_tokens} takes {blocks * per_block / 2**20:.0f} MiB, {missing / 2**20:.0f} MiB more "
-                f"than there is; lower it to {available // bytes_per_token} or less."
+                f"kv_tokens = {wanted_tokens} takes {blocks * per_block / 2**20:.0f} MiB, {missing / 2**20:.0f} MiB "
+                f"more than there is; lower it to {available // bytes_per_token} or less."
             )
     else:
         most = -(-FULL_REQUESTS * max_context // block_size)

@@ -3,8 +3,8 @@
 The default corpus is the standard library of the running interpreter, so everybody has it and nothing is downloaded.
 
 Glossary. *relpath*: a file's posix path below the standard library, its only identity. *held-out*: never trained on and
-never looked at while training; prompts of the benches and demos are cut from it. *validation*: never trained on, but its
-loss is watched. A *document* is one file; documents are joined by one end-of-text token.
+never looked at while training; prompts of the benches and demos are cut from it. *validation*: never trained on, but
+its loss is watched. A *document* is one file; documents are joined by one end-of-text token.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def read_text(path: Path) -> str | None:
 def corpus_files(stdlib: Path | None = None) -> list[tuple[str, Path]]:
     """Every ``(relpath, path)`` of the standard-library corpus, sorted by relpath.
 
-    Skipped: installed packages, ``encodings/`` (character tables), ``_sysconfigdata*`` (one machine's build), files above
-    300 kB (tables; ``pydoc_data/topics.py`` stays) and files that are not UTF-8.
+    Skipped: installed packages, ``encodings/`` (character tables), ``_sysconfigdata*`` (one machine's build), files
+    above 300 kB (tables; ``pydoc_data/topics.py`` stays) and files that are not UTF-8.
 
     Raises:
         StorageError: ``stdlib`` holds no Python file.
@@ -121,7 +121,7 @@ def _given_files(sources: Sequence[str]) -> Iterator[tuple[str, Path]]:
 
 
 def documents(sources: Sequence[str] = ()) -> list[Document]:
-    """The documents of ``sources`` (files or folders of .py, .txt, .md, .jsonl), or of the standard library if empty."""
+    """The documents of ``sources``, files or folders of .py, .txt, .md, .jsonl; of the standard library if empty."""
     found: list[Document] = []
     for name, path in _given_files(sources) if sources else corpus_files():
         text = read_text(path)

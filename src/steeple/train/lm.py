@@ -1,7 +1,7 @@
 """Train a language model from scratch: the embedded target and its small draft model.
 
-A run has a folder (``run``) with the tokens, the last checkpoint and ``log.jsonl``, to which one line is added per step.
-The same command continues a run that was stopped; with fewer ``tokens`` the decay starts earlier.
+A run has a folder (``run``) with the tokens, the last checkpoint and ``log.jsonl``, to which one line is added per
+step. The same command continues a run that was stopped; with fewer ``tokens`` the decay starts earlier.
 """
 
 from __future__ import annotations

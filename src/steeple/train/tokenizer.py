@@ -1,7 +1,7 @@
 """The tokenizer of the embedded models: byte-level BPE whose pieces suit Python source.
 
-A newline run and the indentation after it are one piece, so that indenting costs one token; digits stand alone. Any text
-survives ``decode(encode(text))``.
+A newline run and the indentation after it are one piece, so that indenting costs one token; digits stand alone. Any
+text survives ``decode(encode(text))``.
 """
 
 from __future__ import annotations

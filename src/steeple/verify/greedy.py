@@ -14,7 +14,7 @@ class Greedy:
         self._tokens = draft.tokens
         self._choice = choice
 
-    def accept(self, request: Tensor, law: Tensor, node: Tensor) -> Tensor:
+    def accept(self, law: Tensor, node: Tensor, _request: Tensor) -> Tensor:
         """Kept iff the node's token is the choice of the row the walk stands before."""
         return self._tokens[node] == self._choice[law]
 

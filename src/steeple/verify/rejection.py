@@ -33,7 +33,7 @@ class Rejection:
             p = torch.where(self._refused[request].unsqueeze(1), self._residual[request], p)
         return p
 
-    def accept(self, request: Tensor, law: Tensor, node: Tensor) -> Tensor:
+    def accept(self, law: Tensor, node: Tensor, request: Tensor) -> Tensor:
         """Test the nodes; requests that refuse get their residual law."""
         token, row = self._draft.tokens[node], self._draft.row[node]
         p_token = self._probs[law, token]

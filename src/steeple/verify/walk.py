@@ -15,14 +15,14 @@ from steeple.types import Draft, Verdict
 
 
 class Rule(Protocol):
-    """How nodes are judged. Every argument is a tensor over the same set of requests.
+    """How nodes are judged. The arguments of ``accept`` are tensors over the same set of requests.
 
-    ``accept(request, law, node)`` -> bool: is the token of ``node`` kept, given that the walk of ``request`` stands
+    ``accept(law, node, request)`` -> bool: is the token of ``node`` kept, given that the walk of ``request`` stands
     before row ``law`` of the target's laws? A refusal is remembered: it changes what the request's next sibling, or
     its final token, is judged by. ``final(law)`` -> one token for every request, B in all.
     """
 
-    def accept(self, request: Tensor, law: Tensor, node: Tensor) -> Tensor: ...
+    def accept(self, law: Tensor, node: Tensor, request: Tensor, /) -> Tensor: ...
 
     def final(self, law: Tensor) -> Tensor: ...
 
@@ -49,7 +49,7 @@ def walk(draft: Draft, rule: Rule, root_law: Tensor, node_law: Tensor) -> Verdic
         asked = asked & (parent[torch.where(asked, node, 0)] == at)
         who = everyone[asked]
         kept = torch.zeros(B, dtype=torch.bool, device=device)
-        kept[who] = rule.accept(who, law[who], node[who])
+        kept[who] = rule.accept(law[who], node[who], who)
         steps.append(torch.where(kept, node, -1))
         rows.append(law)
         at = torch.where(kept, node, at)
