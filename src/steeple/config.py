@@ -20,7 +20,10 @@ def from_dict(cls: type[C], values: dict[str, Any]) -> C:
 
 
 def check_range(owner: str, name: str, value: float, low: float, high: float) -> None:
-    """Raise ``ConfigError`` unless ``low <= value <= high`` (a NaN never is)."""
+    """Raise ``ConfigError`` unless ``low <= value <= high`` (a NaN never is). Integer bounds ask for an integer."""
+    whole = isinstance(low, int) and isinstance(high, int)
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise ConfigError(f"{owner}.{name} = {value!r} is not {'an integer' if whole else 'a number'}.")
     if not low <= value <= high:
         raise ConfigError(f"{owner}.{name} = {value!r} is out of range; give a value from {low} to {high}.")
 

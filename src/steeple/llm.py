@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import numpy as np
 
 from steeple.config import from_dict
 from steeple.draft import drafter_config
 from steeple.draft.base import DrafterConfig
-from steeple.engine import Committed, Engine, EngineConfig, build_engine, load_model
-from steeple.errors import CapacityError, RequestError
+from steeple.engine import Committed, Engine, EngineConfig, LoadedModel, build_engine, load_model
+from steeple.errors import CapacityError, ConfigError, RequestError
 from steeple.ops.rng import derive_seed
 from steeple.request import FinishReason, Request, SpeculationStats, TokenLogprob
 from steeple.types import SamplingParams
@@ -90,7 +93,7 @@ class LLM:
     """A model with a drafter.
 
     Args:
-        model: folder, hub name, or ``demo`` (the embedded model).
+        model: folder, hub name, ``demo`` (the embedded model), or a model that is already loaded.
         drafter: ``none``, ``ngram``, ``small_lm[:DIR]``, or a method's settings, e.g. ``NGramConfig(k=8)``.
         k: nodes per round, instead of the method's default.
         config: engine settings; single fields may be given as keywords instead, e.g. ``dtype="bfloat16"``.
@@ -101,19 +104,23 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "demo",
+        model: str | LoadedModel = "demo",
         drafter: str | DrafterConfig | None = None,
         *,
         k: int | None = None,
         config: EngineConfig | None = None,
         **settings: Any,
     ) -> None:
-        self.config = replace(config, **settings) if config is not None else from_dict(EngineConfig, settings)
+        given = {f.name: getattr(config, f.name) for f in fields(config)} if config is not None else {}
+        self.config = from_dict(EngineConfig, {**given, **settings})
+        if k is not None and drafter is not None and not isinstance(drafter, str):
+            raise ConfigError(f"k = {k} and {drafter!r} were both given; set k there, or name the drafter by a string.")
         method = drafter_config(drafter, k=k) if isinstance(drafter, str) else drafter
-        self.model = load_model(model, self.config)
+        self.model = load_model(model, self.config) if isinstance(model, str) else model
         self.tokenizer = self.model.tokenizer
         self.engine: Engine = build_engine(self.model, self.config, method)
         self._names = itertools.count()
+        self._running = False
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -144,6 +151,7 @@ class LLM:
         families: dict[str, _Family] = {}
         owner: dict[str, str] = {}
         ahead = 2 * self.engine.parts.batch_size
+        self._begin()
         try:
             while True:
                 for task in itertools.islice(source, max(0, ahead - len(owner))):
@@ -161,6 +169,7 @@ class LLM:
                     self._keep_text(families[owner[committed.request.id]], committed)
                 yield from self._collect(families, owner, [c.request for c in done])
         finally:
+            self._running = False
             for request_id in list(owner):
                 self.engine.abort(request_id)
 
@@ -171,6 +180,7 @@ class LLM:
         families: dict[str, _Family] = {}
         owner: dict[str, tuple[str, int]] = {}
         sent: dict[str, int] = {}
+        self._begin()
         try:
             for task in self._tasks(prompts, params):
                 family = self._submit(task, families, stream=True)
@@ -186,8 +196,15 @@ class LLM:
                         del owner[request.id]
                     yield self._event(committed, task_id, index, sent)
         finally:
+            self._running = False
             for request_id in list(owner):
                 self.engine.abort(request_id)
+
+    def _begin(self) -> None:
+        """One iterator at a time drives the engine: two would take each other's tokens."""
+        if self._running:
+            raise RequestError("another run or stream of this LLM is still open; finish it or close its iterator.")
+        self._running = True
 
     def _event(self, committed: Committed, task_id: str, index: int, sent: dict[str, int]) -> StreamEvent:
         request, text = committed.request, committed.text
@@ -235,7 +252,18 @@ class LLM:
         return families[task.id]
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        return list(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else [int(t) for t in prompt]
+        if isinstance(prompt, str):
+            try:
+                return list(self.tokenizer.encode(prompt))
+            except TypeError as error:
+                raise RequestError("the prompt is no valid text: it holds half a surrogate pair; remove it.") from error
+        try:
+            tokens = np.asarray(prompt)
+        except ValueError as error:
+            raise RequestError(f"the prompt is a list of unequal parts ({error}); give text or token ids.") from error
+        if tokens.ndim != 1 or tokens.size and not (np.issubdtype(tokens.dtype, np.integer)):
+            raise RequestError(f"the prompt {reprlib.repr(prompt)} is neither text nor a list of token ids; give one.")
+        return [int(t) for t in tokens]
 
     def _keep_text(self, family: _Family, committed: Committed) -> None:
         if committed.text is not None and committed.text.stopped:
@@ -246,8 +274,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         for request in finished:
             task_id = owner.pop(request.id)
-            family = families[task_id]
-            if all(r.finished for r in family.requests):
+            family = families.get(task_id)  # gone if a sibling ended in the same step
+            if family is not None and all(r.finished for r in family.requests):
                 del families[task_id]
                 yield self._output(family)
 
@@ -286,4 +314,7 @@ class LLM:
         output = request.output
         if request.finish_reason is FinishReason.STOP:
             output = output[:-1]
-        return str(self.tokenizer.decode(output.tolist(), skip_special_tokens=True))
+        # Clean-up would take away spaces that a stream has already shown.
+        return str(
+            self.tokenizer.decode(output.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )

@@ -128,6 +128,20 @@ class Request:
         return self._length - self.prompt_len
 
     @property
+    def ready(self) -> bool:
+        """Between two rounds: something is written and only the root awaits its forward. Then it may be drafted for.
+
+        The first token never follows a draft, and a preempted request becomes ready before it goes on. So what is
+        drawn does not depend on the chunks, shared prefixes and preemptions that the neighbours caused.
+        """
+        return self.written > 0 and self.cached == self._length - 1
+
+    @property
+    def unread(self) -> int:
+        """Tokens to compute before the next round: the whole prompt, or after a preemption all but the root."""
+        return self._length - self.cached - (1 if self.written else 0)
+
+    @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 

@@ -59,7 +59,7 @@ class SamplingParams:
         for name, (low, high) in _FLOAT_RANGES.items():
             _check_number(name, getattr(self, name), low, high, whole=False)
         for name, (low, high) in _INT_RANGES.items():
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None or name not in _MAY_BE_NONE:
                 _check_number(name, getattr(self, name), low, high, whole=True)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos = {self.ignore_eos!r} is not true or false.")
@@ -97,6 +97,7 @@ _INT_RANGES: dict[str, tuple[int, int]] = {
     "n": (1, 1024),
     "logprobs": (0, 100),
 }
+_MAY_BE_NONE = ("seed", "logprobs")
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, whole: bool) -> None:

@@ -27,8 +27,8 @@ STEPS, BATCH = 20, 128
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    for i in range(60):
-        lines = [f"def f{i}_{j}(a, b):\n    return a * {j} + b[{i}]\n" for j in range(12)]
+    for i in range(240):
+        lines = [f"def f{i}_{j}(a, b):\n    return a * {j} + b[{i}]\n" for j in range(4)]
         (folder / f"part{i}.py").write_text("\n".join(lines))
     return folder
 
@@ -53,7 +53,7 @@ def settings(text: Path, folder: Path, **changes: Any) -> LMConfig:
     return LMConfig(**(given | changes))
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a process that ends in the middle."""
 
 
@@ -62,7 +62,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
 
     def dying(self: Trainer, number: int) -> float:
         if number == last:
-            raise Killed
+            raise KilledError
         return step(self, number)
 
     monkeypatch.setattr(Trainer, "step", dying)
@@ -92,14 +92,14 @@ def test_a_killed_run_goes_on_with_the_same_losses(
     config = settings(text, tmp_path)
     with monkeypatch.context() as patch:
         kill_at(patch, 12)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(config)
     assert len(losses(config)) == 12
     train(config)
     lines = (config.run / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, 13), *range(11, STEPS + 1)]
     assert losses(config) == losses(straight)
-    ours, theirs = (load_decoder(c.out, torch.float32).state_dict() for c in (config, straight))
+    ours, theirs = (load_decoder(c.out, dtype=torch.float32).state_dict() for c in (config, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -110,7 +110,7 @@ def test_going_on_with_fewer_tokens_equals_having_planned_them(
     train(planned)
     with monkeypatch.context() as patch:
         kill_at(patch, 5)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(replace(shortened, tokens=STEPS * BATCH))
     train(shortened)
     assert losses(shortened) == losses(planned)
@@ -120,7 +120,7 @@ def test_transformers_loads_the_model_with_the_same_logits(straight: LMConfig) -
     tokens = torch.randint(0, 512, (1, 48), generator=torch.Generator().manual_seed(0))
     theirs = AutoModelForCausalLM.from_pretrained(straight.out, dtype=torch.float32)
     assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == 0
-    ours = load_decoder(straight.out, torch.float32)
+    ours = load_decoder(straight.out, dtype=torch.float32)
     with torch.no_grad():
         hidden = ours(tokens[0], torch.arange(48), CausalRows(1)).final_TD
         torch.testing.assert_close(ours.logits(hidden), theirs(tokens).logits[0], atol=1e-4, rtol=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -16,6 +16,7 @@ TEXTS = ["class A:\n    def f(self):\n        return 123\n\n    def g(self):\n  
 TOKENIZER = train_tokenizer(TEXTS, 300, 64)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.text(max_size=80))
 def test_decode_of_encode_is_the_text(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text, add_special_tokens=False)) == text

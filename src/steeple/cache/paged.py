@@ -6,7 +6,8 @@ moves the accepted path to its place (nothing moves for a chain) and drops the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,9 +31,10 @@ class _Sequence:
 
 
 class PagedCache:
-    """Args: config: whose keys; blocks x block_size positions in all; dtype of the keys.
+    """Args: config: whose keys; blocks x block_size positions in all; dtype of the keys;
+        write: ``write_kv`` of the attention in use.
 
-    Memory: ``blocks * block_size * spec.bytes_per_token``, allocated at once.
+    Memory: ``blocks * block_size * spec.bytes_per_token``, reserved at once; on a CPU a page is touched when it is first written.
     """
 
     def __init__(
@@ -44,15 +46,16 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         share_prefixes: bool = True,
+        write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = write_kv,
     ) -> None:
         self.block_size = block_size
         self.device = torch.device(device)
         shape = (config.num_layers, blocks, config.num_kv_heads, block_size, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = _zeros(shape, dtype, self.device)
+        self.values = _zeros(shape, dtype, self.device)
         self.spec = CacheSpec(config.kv_elements_per_token * dtype.itemsize, exact=True)
         self.pool = BlockPool(blocks)
-        self._share = share_prefixes
+        self._share, self._write = share_prefixes, write
         self._sequences: dict[str, _Sequence] = {}
         # Views per layer, made once: indexing [layer] costs a dispatch in every call.
         self._layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
@@ -105,7 +108,7 @@ class PagedCache:
     def stage(self, layer: int, batch: Batch, k_TKH: Tensor, v_TKH: Tensor) -> None:
         """Write the rows' keys and values, ``[T, K, H]``, at their slots."""
         keys, values = self._layers[layer]
-        write_kv(keys, values, batch.slots, k_TKH, v_TKH)
+        self._write(keys, values, batch.slots, k_TKH, v_TKH)
 
     def view(self, layer: int, batch: Batch) -> KVView:
         """Committed and pending keys of the batch."""
@@ -160,3 +163,11 @@ class PagedCache:
         if idle and self._sequences:
             raise InternalError(f"requests {sorted(self._sequences)[:4]} still hold cache blocks")
         self.pool.check_integrity(s.blocks for s in self._sequences.values())
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, because attention may multiply what a masked row never wrote by zero; NaN would survive that."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every page; the C library's calloc, which numpy uses, leaves that to the kernel.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -48,6 +48,7 @@ class Surroundings:
     block_size: int
     step_tokens: int
     model_folder: Path | None = None
+    share_prefixes: bool = True
 
 
 class Drafter(Protocol):

@@ -72,6 +72,8 @@ class _State:
         after = text[self.cached : self.cached + len(self.nodes)]
         same = self.nodes[: len(after)] == after
         self.cached += len(same) if same.all() else int(same.argmin())
+        # The root is fed again if its round came to nothing (the target's forward failed).
+        self.cached = min(self.cached, len(text) - 1)
         self.nodes = self.nodes[:0]
 
 
@@ -81,6 +83,8 @@ class SmallLM:
     def __init__(self, config: SmallLMConfig, decoder: Decoder, around: Surroundings) -> None:
         self.config, self._around, self._decoder = config, around, decoder
         self._vocab = around.decoder.config.vocab_size
+        # Of two models with one tokenizer the target's vocabulary may be padded further: what is beyond reads as this.
+        self._last_token = decoder.config.vocab_size - 1
         self._states: dict[str, _State] = {}
 
     @property
@@ -97,6 +101,8 @@ class SmallLM:
             block_size=around.block_size,
             dtype=around.dtype,
             device=around.device,
+            share_prefixes=around.share_prefixes,
+            write=around.attention.write_kv,
         )
         self._runner = Runner(self._decoder, self.cache, around.attention)
 
@@ -132,7 +138,7 @@ class SmallLM:
                 if place in last or room == 0:
                     continue
                 state = self._states[request.id]
-                text = request.tokens[state.cached : state.cached + room]
+                text = np.minimum(request.tokens[state.cached : state.cached + room], self._last_token)
                 room -= len(text)
                 spans.append(Span(request.id, state.cached, text, self.cache.table(request.id)))
                 who.append(place)

@@ -64,6 +64,7 @@ def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConf
                 block_size=config.block_size,
                 step_tokens=config.step_tokens,
                 model_folder=target.folder,
+                share_prefixes=config.share_prefixes,
             )
         )
     per_token = shape.kv_elements_per_token * dtype.itemsize
@@ -83,6 +84,7 @@ def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConf
         dtype=dtype,
         device=target.device,
         share_prefixes=config.share_prefixes,
+        write=target.attention.write_kv,
     )
     batch_size = min(config.batch_size or MOST_REQUESTS, sizes.blocks)
     return Engine(

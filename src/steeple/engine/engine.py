@@ -116,7 +116,7 @@ class Engine:
             if not self.idle:
                 raise InternalError("requests wait, but none of them can run")
             return []
-        fresh = [len(w.request) - w.request.cached == 1 for w in plan]
+        fresh = [w.request.ready for w in plan]
         draft_start = time.perf_counter()
         draft = self._propose(plan, fresh)
         draft_end = time.perf_counter()

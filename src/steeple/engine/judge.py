@@ -116,7 +116,7 @@ def _logprobs(logits_MV: Tensor, tokens: Sequence[int], best: int) -> list[Token
     """Log-probabilities under the unprocessed target."""
     logs = torch.log_softmax(logits_MV, dim=-1)
     own = logs.gather(1, torch.tensor(tokens, device=logs.device).unsqueeze(1)).squeeze(1).tolist()
-    top = logs.topk(best, dim=-1) if best else None
+    top = logs.topk(min(best, logs.shape[-1]), dim=-1) if best else None
     out = []
     for i, (token, value) in enumerate(zip(tokens, own, strict=True)):
         pairs = zip(top.indices[i].tolist(), top.values[i].tolist(), strict=True) if top is not None else ()

@@ -65,19 +65,17 @@ class Scheduler:
         plan: list[Work] = []
         rows = 0
         running = len(self.running)
-        decoding = sum(1 for r in self.running if len(r) - r.cached == 1)
+        decoding = sum(r.ready for r in self.running)
         room = max(self._step_tokens - decoding, 1)
         for request in list(self.running):
             if request not in self.running:  # preempted for an older one
                 continue
-            ready = len(request) - request.cached == 1
-            text = min(len(request) - request.cached, max(room - rows, 0)) if not ready else 1
-            if text == 0:
+            if not request.ready and rows >= room:
                 continue
-            work = self._work(request, text, budget)
+            work = self._work(request, room - rows, budget)
             if self._make_room(request, work):
                 plan.append(work)
-                rows += 0 if ready else text
+                rows += 0 if request.ready else work.stop - request.cached
         if len(self.running) < running:  # short of memory: whoever was just preempted would only come straight back
             return plan
         while self.waiting and len(self.running) < self._batch_size and rows < room:
@@ -89,14 +87,12 @@ class Scheduler:
             rows += admitted.stop - admitted.request.cached
         return plan
 
-    def _work(self, request: Request, text: int, budget: Budget) -> Work:
-        stop = request.cached + text
+    def _work(self, request: Request, room: int, budget: Budget) -> Work:
+        if not request.ready:
+            return Work(request, request.cached + min(request.unread, room), 0)
         # Node k is judged with the k before it; the last committed token of a request needs no successor.
         left = request.limit - len(request) - 1
-        # A draft waits until the prompt is in: then the newest token's law is known to be wanted.
-        ready = len(request) - request.cached == 1
-        nodes = min(budget(request), left) if ready else 0
-        return Work(request, stop, max(nodes, 0))
+        return Work(request, len(request), max(min(budget(request), left), 0))
 
     def _make_room(self, request: Request, work: Work) -> bool:
         while not self._cache.reserve(request.id, work.stop + work.nodes):
@@ -109,7 +105,7 @@ class Scheduler:
     def _admit(self, request: Request, room: int, budget: Budget) -> Work | None:
         """Reserve for the whole text at once, so that a prompt never preempts another half way."""
         request.cached = self._cache.attach(request.id, request.tokens)
-        work = self._work(request, min(len(request) - request.cached, room), budget)
+        work = self._work(request, room, budget)
         keep_free = len(self.running)  # a block for each running request to grow into
         wanted = self._cache.missing(request.id, len(request) + work.nodes) + keep_free
         if self.running and wanted > self._cache.pool.available:

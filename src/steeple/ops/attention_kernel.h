@@ -104,22 +104,28 @@ int rows_of(int64_t queries, int64_t done) {
     return (int)((left + parts - 1) / parts);
 }
 
+float element(const char* from, int64_t index, bool half) {
+    return half ? widen1(((const uint16_t*)from)[index]) : ((const float*)from)[index];
+}
+
+// packed[register tile][word of a key][query of the tile], a word as step() wants it.
 void pack_queries(Work& w) {
     const Call& c = w.c;
-    const int64_t G = c.group(), H = c.head_dim;
+    const int64_t G = c.group(), H = c.head_dim, words = c.words(), per = q_words(c.kind);
     float* to = w.packed.data();
     for (int64_t m0 = 0; m0 < w.queries;) {
         const int n = rows_of(w.queries, m0);
-        const int64_t steps = c.kind == BF16_DOT ? H / 2 : H, per = q_words(c.kind);
         for (int i = 0; i < n; i++) {
-            const int64_t m = m0 + i, element = (w.tile.row + m / G) * c.q_stride + (w.head * G + m % G) * H;
-            for (int64_t s = 0; s < steps; s++) {
-                float* word = to + (s / per * n + i) * per + s % per;
-                if (c.kind == BF16_DOT) std::memcpy(word, c.q + element * 2 + s * 4, 4);
-                else *word = c.q_bf16 ? widen1(((const uint16_t*)c.q)[element + s]) : ((const float*)c.q)[element + s];
+            const int64_t m = m0 + i, first = (w.tile.row + m / G) * c.q_stride + (w.head * G + m % G) * H;
+            const char* q = c.q + first * (c.q_bf16 ? 2 : 4);
+            for (int64_t word = 0; word < words; word++) {
+                float* at = to + (word * n + i) * per;
+                if (c.kind == BF16_DOT) std::memcpy(at, q + word * 4, 4);
+                else
+                    for (int64_t j = 0; j < per; j++) at[j] = element(q, word * per + j, c.q_bf16);
             }
         }
-        to += steps * n;
+        to += words * per * n;
         m0 += n;
     }
 }
@@ -150,24 +156,27 @@ void open_tile(Work& w, const Tile& tile, int64_t head) {
     pack_queries(w);
 }
 
+// 4 words of W keys -> 4 vectors of one word each.
+void turn_words(const char* keys, const int64_t* offsets, int64_t left, float* to) {
+    vi r[4];
+    if (left >= 4) {
+        for (int i = 0; i < 4; i++) r[i] = gather_quarters(keys, offsets + i, 4);
+        transpose_quarters(r);
+        for (int i = 0; i < 4; i++) store(to + i * W, r[i]);
+    } else
+        for (int i = 0; i < left; i++)
+            for (int key = 0; key < W; key++) std::memcpy(to + i * W + key, keys + offsets[key] + i * 4, 4);
+}
+
 void turn_keys(Work& w) {  // turned[group of W keys][word][key]
     const Call& c = w.c;
     const int64_t words = c.words();
-    for (int g = 0; g * W < w.count; g++) {
-        const int64_t *from = w.here + g * W, *ahead = w.next + g * W;
-        for (int64_t word = 0; word < words; word += W) {
-            vi r[W];
-            const int n = (int)std::min<int64_t>(W, words - word);
-            for (int i = 0; i < W; i++) {
-                const char* key = c.keys + from[i] + word * 4;
-                r[i] = n == W ? load<vi>(key) : load_part<vi>(key, n * 4);
-                if (w.next_count) __builtin_prefetch(c.keys + ahead[i] + word * 4, 0, 2);
-            }
-            transpose(r);
-            float* to = w.turned.data() + (g * words + word) * W;
-            for (int i = 0; i < n; i++) store(to + i * W, r[i]);
+    for (int g = 0; g * W < w.count; g++)
+        for (int64_t word = 0; word < words; word += 4) {
+            turn_words(c.keys + word * 4, w.here + g * W, words - word, &w.turned[(g * words + word) * W]);
+            if (w.next_count && word % 16 == 0)
+                for (int i = 0; i < W; i++) __builtin_prefetch(c.keys + w.next[g * W + i] + word * 4, 0, 2);
         }
-    }
 }
 
 template <int KIND, int ROWS, int GROUPS>
@@ -215,17 +224,11 @@ void score_chunk(Work& w) {
     }
 }
 
-vf lane_bits() {
-    vi bits;
-    for (int i = 0; i < W; i++) bits[i] = 1 << i;
-    return (vf)bits;
-}
-
 // Scale, cap and mask the scores of one query in place; the largest.
 float finish_scores(const Call& c, float* scores, uint64_t mask) {
     const float scale = c.scale * LOG2E;
     vf most = splat(NOTHING);
-    const vi bits = (vi)lane_bits(), none = {};
+    const vi bits = splat(1) << lane_numbers(), none = {};
     for (int g = 0; g < CHUNK / W; g++) {
         vf s = load<vf>(scores + g * W);
         if (c.softcap == 0.0f) s = s * scale;
@@ -260,22 +263,39 @@ void softmax_chunk(Work& w) {  // scores -> weights relative to the running maxi
             w.part.most[m] = most;
         }
         const vf top = splat(w.part.most[m]);
-        for (int g = 0; g < CHUNK / W; g++) {
-            const vf weight = exp2(load<vf>(scores + g * W) - top);
-            store(scores + g * W, weight);
-            sum = sum + weight;
+        for (int g = 0; g < CHUNK / W; g += 2) {
+            const vf a = exp2(load<vf>(scores + g * W) - top), b = exp2(load<vf>(scores + (g + 1) * W) - top);
+            sum = sum + a;
+            sum = sum + b;
+            if (w.c.kind == BF16_DOT) store(scores + g * W / 2, narrow_pairs(a, b));
+            else store(scores + g * W, a), store(scores + (g + 1) * W, b);
         }
         store(lanes, sum);
     }
 }
 
-template <bool HALF> inline vf load_value(const char* at, int left) {
-    if constexpr (HALF) return widen(left >= W ? load<vh>(at) : load_part<vh>(at, left * 2));
-    else return left >= W ? load<vf>(at) : load_part<vf>(at, left * 4);
+constexpr int bytes_of(int kind) { return kind == F32 ? 4 : 2; }
+
+template <class V> inline V load_some(const char* at, int elements) {
+    return elements >= W ? load<V>(at) : load_part<V>(at, elements * (int)sizeof(V) / W);
 }
 
-// acc[rows, columns of W] += weights[rows, count] x values[count, columns]; `left`: elements up to the head's end.
-template <bool HALF, int ROWS, int COLUMNS>
+// sum += weights of one row x values of one key (two for BF16_DOT), `left` elements of W.
+template <int KIND> inline vf mix_step(vf sum, const float* weights, int s, vi v) {
+    if constexpr (KIND == BF16_DOT) return dot(sum, splat(load<int32_t>(weights + s / 2)), v);
+    else return sum + splat(weights[s]) * (vf)v;
+}
+template <int KIND> inline vi load_values(const char* values, const int64_t* offsets, int left) {
+    if constexpr (KIND == F32) return (vi)load_some<vf>(values + offsets[0], left);
+    else {
+        const vh first = load_some<vh>(values + offsets[0], left);
+        if constexpr (KIND == BF16) return (vi)widen(first);
+        else return zip(first, load_some<vh>(values + offsets[1], left));
+    }
+}
+
+// acc[ROWS, COLUMNS of W] += weights[ROWS, count] x values[count, COLUMNS]; `left`: elements up to the head's end.
+template <int KIND, int ROWS, int COLUMNS>
 void mix(const Work& w, const char* values, const float* weights, float* acc, int left) {
     const int64_t width = w.c.width();
     vf sum[ROWS][COLUMNS];
@@ -284,15 +304,15 @@ void mix(const Work& w, const char* values, const float* weights, float* acc, in
 #pragma GCC unroll 8
         for (int h = 0; h < COLUMNS; h++) sum[m][h] = load<vf>(acc + m * width + h * W);
     }
-    for (int s = 0; s < w.count; s++) {
-        vf v[COLUMNS];
+    for (int s = 0; s < w.count; s += KIND == BF16_DOT ? 2 : 1) {
+        vi v[COLUMNS];
 #pragma GCC unroll 8
         for (int h = 0; h < COLUMNS; h++)
-            v[h] = load_value<HALF>(values + w.here[s] + h * W * (HALF ? 2 : 4), COLUMNS == 1 ? left : W);
+            v[h] = load_values<KIND>(values + h * W * bytes_of(KIND), w.here + s, COLUMNS == 1 ? left : W);
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; m++) {
 #pragma GCC unroll 8
-            for (int h = 0; h < COLUMNS; h++) sum[m][h] = sum[m][h] + weights[m * CHUNK + s] * v[h];
+            for (int h = 0; h < COLUMNS; h++) sum[m][h] = mix_step<KIND>(sum[m][h], weights + m * CHUNK, s, v[h]);
         }
     }
 #pragma GCC unroll 8
@@ -302,32 +322,33 @@ void mix(const Work& w, const char* values, const float* weights, float* acc, in
     }
 }
 
-template <bool HALF, int ROWS> void mix_columns(const Work& w, const float* weights, float* acc, bool ahead) {
-    const int H = (int)w.c.head_dim, bytes = HALF ? 2 : 4;
+template <int KIND, int ROWS> void mix_columns(const Work& w, const float* weights, float* acc, bool ahead) {
+    const int H = (int)w.c.head_dim, bytes = bytes_of(KIND);
     for (int h = 0; h < H;) {
         const char* values = w.c.values + h * bytes;
         const int step = h + MAX_COLUMNS * W <= H ? MAX_COLUMNS * W : W;
         if (ahead)
             for (int s = 0; s < w.next_count; s++)
                 for (int b = 0; b < step * bytes; b += 64) __builtin_prefetch(values + w.next[s] + b, 0, 2);
-        if (step > W) mix<HALF, ROWS, MAX_COLUMNS>(w, values, weights, acc + h, W);
-        else mix<HALF, ROWS, 1>(w, values, weights, acc + h, H - h);
+        if (step > W) mix<KIND, ROWS, MAX_COLUMNS>(w, values, weights, acc + h, W);
+        else mix<KIND, ROWS, 1>(w, values, weights, acc + h, H - h);
         h += step;
     }
 }
 
-template <bool HALF, int ROWS = MAX_ROWS>
+template <int KIND, int ROWS = MAX_ROWS>
 void mix_rows(const Work& w, int rows, const float* weights, float* acc, bool ahead) {
-    if (rows == ROWS) mix_columns<HALF, ROWS>(w, weights, acc, ahead);
-    else if constexpr (ROWS > 1) mix_rows<HALF, ROWS - 1>(w, rows, weights, acc, ahead);
+    if (rows == ROWS) mix_columns<KIND, ROWS>(w, weights, acc, ahead);
+    else if constexpr (ROWS > 1) mix_rows<KIND, ROWS - 1>(w, rows, weights, acc, ahead);
 }
 
 void mix_chunk(Work& w) {
     for (int64_t m = 0; m < w.queries;) {
         const int n = rows_of(w.queries, m);
         float *weights = &w.scores[m * CHUNK], *acc = w.part.acc + m * w.c.width();
-        if (w.c.kv_bf16) mix_rows<true>(w, n, weights, acc, m == 0);
-        else mix_rows<false>(w, n, weights, acc, m == 0);
+        if (w.c.kind == F32) mix_rows<F32>(w, n, weights, acc, m == 0);
+        else if (w.c.kind == BF16) mix_rows<BF16>(w, n, weights, acc, m == 0);
+        else mix_rows<BF16_DOT>(w, n, weights, acc, m == 0);
         m += n;
     }
 }

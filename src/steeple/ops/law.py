@@ -84,7 +84,9 @@ def probabilities(logits_RV: Tensor, laws: Laws, owner_R: Tensor) -> Tensor:
     """
     temperature = laws.temperature[owner_R]
     greedy = temperature == 0
-    scaled = logits_RV / torch.where(greedy, 1.0, temperature).unsqueeze(1)
+    # The largest logit becomes 0 first: so no temperature, however low, makes an infinity of it.
+    best = logits_RV.max(dim=-1, keepdim=True).values
+    scaled = (logits_RV - best) / torch.where(greedy, 1.0, temperature).unsqueeze(1)
     if laws.truncated:
         scaled = _truncate(scaled, laws, owner_R)
     probs = torch.softmax(scaled, dim=-1)
@@ -103,7 +105,9 @@ def _truncate(logits_RV: Tensor, laws: Laws, owner_R: Tensor) -> Tensor:
     floor = ordered.gather(1, last.unsqueeze(1))
     kept = torch.softmax(ordered.masked_fill(ordered < floor, -torch.inf), dim=-1)
     before = kept.cumsum(dim=-1) - kept
-    nucleus = (before < laws.top_p[owner_R].unsqueeze(1)) & (kept > 0)
+    top_p = laws.top_p[owner_R].unsqueeze(1)
+    # Rounded sums reach 1 before the end: top_p = 1 must keep all the same.
+    nucleus = ((before < top_p) | (top_p >= 1.0)) & (kept > 0)
     share = kept >= laws.min_p[owner_R].unsqueeze(1) * kept[:, :1]
     size = (nucleus & share).sum(dim=-1, keepdim=True).clamp(min=1)
     edge = ordered.gather(1, size - 1)

@@ -45,19 +45,26 @@ template <class V> inline void store(void* to, V v) { std::memcpy(to, &v, sizeof
 
 inline vf splat(float x) { return x - vf{}; }
 inline vi splat(int32_t x) { return x - vi{}; }
-inline vf widen(vh h) {  // bfloat16 -> float32
+inline vu widen_bits(vh h) {
 #if defined(__AVX512F__)
-    const vu wide = (vu)_mm512_maskz_cvtepu16_epi32((__mmask16)-1, (__m256i)h);
+    return (vu)_mm512_maskz_cvtepu16_epi32((__mmask16)-1, (__m256i)h);
 #elif defined(__AVX2__)
-    const vu wide = (vu)_mm256_cvtepu16_epi32((__m128i)h);
+    return (vu)_mm256_cvtepu16_epi32((__m128i)h);
 #else
-    const vu wide = __builtin_convertvector(h, vu);
+    return __builtin_convertvector(h, vu);
 #endif
-    return (vf)(wide << 16);
 }
+inline vf widen(vh h) { return (vf)(widen_bits(h) << 16); }                         // bfloat16 -> float32
+inline vi zip(vh a, vh b) { return (vi)(widen_bits(a) | (widen_bits(b) << 16)); }  // pairs (a_i, b_i)
 inline vf low_half(vi pair) { return (vf)(pair << 16); }                            // first of two bfloat16
 inline vf high_half(vi pair) { return (vf)(pair & splat((int32_t)0xffff0000)); }  // second
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
+
+inline vi lane_numbers() {
+    vi lane = {};
+    for (int i = 0; i < W; i++) lane[i] = i;
+    return lane;
+}
 
 inline float widen1(uint16_t h) {
     const uint32_t bits = (uint32_t)h << 16;
@@ -83,41 +90,34 @@ template <int N, int... I> struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
 template <int... I> struct MakeLanes<0, I...> { typedef Lanes<I...> type; };
 typedef MakeLanes<W>::type AllLanes;
 
-// The shuffles of a transpose, all of one instruction: interleave words or pairs of words within quarters of four
-// lanes, and take the even or odd quarters of two vectors.
+// 16 bytes from each of W / 4 places, as the quarters of one vector.
+inline vi gather_quarters(const char* base, const int64_t* offsets, int64_t stride) {
+#if defined(__AVX512F__)
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(base + offsets[0])));
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(base + offsets[stride])), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(base + offsets[2 * stride])), 2);
+    return (vi)_mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(base + offsets[3 * stride])), 3);
+#elif defined(__AVX2__)
+    const __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(base + offsets[0])));
+    return (vi)_mm256_inserti128_si256(v, _mm_loadu_si128((const __m128i*)(base + offsets[stride])), 1);
+#else
+    (void)stride;
+    return load<vi>(base + offsets[0]);
+#endif
+}
+
+// Within every quarter: interleave the low or high words, or pairs of words, of a and b.
 template <int HIGH, int... L> inline vi words_of(vi a, vi b, Lanes<L...>) {
     return pick<((L & ~3) + 2 * HIGH + (L & 3) / 2 + (L & 1) * W)...>(a, b);
 }
 template <int HIGH, int... L> inline vi pairs_of(vi a, vi b, Lanes<L...>) {
     return pick<((L & ~3) + 2 * HIGH + (L & 1) + (L & 3) / 2 * W)...>(a, b);
 }
-template <int ODD, int... L> inline vi quarters_of(vi a, vi b, Lanes<L...>) {
-    return pick<((2 * (L / 4) + ODD) * 4 + (L & 3))...>(a, b);
-}
-inline void transpose(vi (&r)[W]) {
-    vi t[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i += 4) {
-        const vi a = words_of<0>(r[i], r[i + 1], AllLanes{}), b = words_of<1>(r[i], r[i + 1], AllLanes{});
-        const vi c = words_of<0>(r[i + 2], r[i + 3], AllLanes{}), d = words_of<1>(r[i + 2], r[i + 3], AllLanes{});
-        t[i] = pairs_of<0>(a, c, AllLanes{}), t[i + 1] = pairs_of<1>(a, c, AllLanes{});
-        t[i + 2] = pairs_of<0>(b, d, AllLanes{}), t[i + 3] = pairs_of<1>(b, d, AllLanes{});
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {  // now quarter g of t[4 k + j] is column 4 g + j of rows 4 k..4 k + 3
-        if constexpr (W == 4) r[j] = t[j];
-        if constexpr (W == 8) {
-            r[j] = quarters_of<0>(t[j], t[(4 + j) % W], AllLanes{});
-            r[(4 + j) % W] = quarters_of<1>(t[j], t[(4 + j) % W], AllLanes{});
-        }
-        if constexpr (W == 16) {
-            const vi &a = t[j], &b = t[(4 + j) % W], &c = t[(8 + j) % W], &d = t[(12 + j) % W];
-            const vi even = quarters_of<0>(a, b, AllLanes{}), odd = quarters_of<1>(a, b, AllLanes{});
-            const vi even2 = quarters_of<0>(c, d, AllLanes{}), odd2 = quarters_of<1>(c, d, AllLanes{});
-            r[j] = quarters_of<0>(even, even2, AllLanes{}), r[(8 + j) % W] = quarters_of<1>(even, even2, AllLanes{});
-            r[(4 + j) % W] = quarters_of<0>(odd, odd2, AllLanes{}), r[(12 + j) % W] = quarters_of<1>(odd, odd2, AllLanes{});
-        }
-    }
+inline void transpose_quarters(vi (&r)[4]) {  // 4 x 4 words within every quarter
+    const vi a = words_of<0>(r[0], r[1], AllLanes{}), b = words_of<1>(r[0], r[1], AllLanes{});
+    const vi c = words_of<0>(r[2], r[3], AllLanes{}), d = words_of<1>(r[2], r[3], AllLanes{});
+    r[0] = pairs_of<0>(a, c, AllLanes{}), r[1] = pairs_of<1>(a, c, AllLanes{});
+    r[2] = pairs_of<0>(b, d, AllLanes{}), r[3] = pairs_of<1>(b, d, AllLanes{});
 }
 
 template <int D, int... L> inline vi fold_by(vi v, Lanes<L...>) { return pick<(L ^ D)...>(v, v); }
@@ -151,16 +151,23 @@ inline vf exp2(vf x) {
     return x < low ? zero : (vf)((vi)p + exponent);
 }
 
+// acc + products of two pairs of bfloat16 per lane, and the narrowing to them. Only where HAS_DOT.
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+inline vf dot(vf acc, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+inline vi narrow_pairs(vf first, vf second) {  // bfloat16, elements of first and then of second
+    return (vi)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+#else
+inline vf dot(vf acc, vi, vi) { return acc; }
+inline vi narrow_pairs(vf first, vf) { return (vi)first; }
+#endif
+
 // acc + q * k for one 32-bit word of a key per lane: one float32 or two bfloat16.
 enum Kind { F32 = 0, BF16 = 1, BF16_DOT = 2 };
 template <int KIND> inline vf step(vf acc, const float* q, vi k) {
     if constexpr (KIND == F32) return acc + splat(q[0]) * (vf)k;
     if constexpr (KIND == BF16) return (acc + splat(q[0]) * low_half(k)) + splat(q[1]) * high_half(k);
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-    if constexpr (KIND == BF16_DOT)
-        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)splat(load<int32_t>(q)), (__m512bh)k);
-#endif
-    return acc;
+    return dot(acc, splat(load<int32_t>(q)), k);
 }
 constexpr int q_words(int kind) { return kind == BF16 ? 2 : 1; }  // words of a query per word of a key
 

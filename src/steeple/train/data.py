@@ -102,7 +102,10 @@ def _jsonl_texts(name: str, text: str) -> Iterator[Document]:
     for number, line in enumerate(text.splitlines()):
         if not line.strip():
             continue
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ConfigError(f"{name}, line {number + 1}: no string under 'text'; each line needs {{\"text\": ...}}.")
         yield Document(f"{name}:{number}", record["text"])
@@ -158,8 +161,9 @@ class TokenStream:
 
     @staticmethod
     def open(path: Path, seed: int = 0) -> TokenStream:
-        """Map the uint16 file ``path``."""
-        return TokenStream(np.memmap(path, dtype="<u2", mode="r"), seed)
+        """Map the uint16 file ``path``; an empty one, which cannot be mapped, is an empty stream."""
+        size = path.stat().st_size
+        return TokenStream(np.memmap(path, dtype="<u2", mode="r") if size else np.zeros(0, dtype="<u2"), seed)
 
     def batch(self, phase: int, index: int, rows: int, seq_len: int) -> Tensor:
         """Batch ``index`` of ``phase``: int64 ``[rows, seq_len + 1]``, windows without overlap within an epoch."""

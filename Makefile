@@ -1,0 +1,37 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-all check bench clean
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	@# torch first: anything that depends on it would take the registry's newest build, with gigabytes of CUDA.
+	$(BIN)/pip install --quiet "torch==2.13.0"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/steeple demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/steeple verify --model demo --drafter ngram,small_lm
+
+check: $(READY)
+	$(BIN)/ruff format --check src tests examples bench
+	$(BIN)/ruff check src tests examples bench
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/steeple bench --model demo --drafters none,ngram,small_lm --batch 1,8,32 --context 128,1024 \
+		--max-tokens 64 --temperature 0 --repeat 3 --dtype bfloat16 --json bench/results/demo.json
+
+clean:
+	rm -rf .venv build dist
