@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -145,7 +145,7 @@ class LLM:
             raise RequestError(f"the model's chat template refuses these messages: {error}") from error
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[RequestOutput]:
+    def run(self, tasks: Iterable[Task]) -> Generator[RequestOutput]:
         """Complete tasks, read lazily, and yield each as it finishes. Closing the iterator cancels what is left."""
         source = iter(tasks)
         families: dict[str, _Family] = {}
@@ -175,7 +175,7 @@ class LLM:
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent]:
         """Complete all prompts and yield text as it becomes certain. Closing the iterator cancels what is left."""
         families: dict[str, _Family] = {}
         owner: dict[str, tuple[str, int]] = {}
@@ -261,7 +261,7 @@ class LLM:
             tokens = np.asarray(prompt)
         except ValueError as error:
             raise RequestError(f"the prompt is a list of unequal parts ({error}); give text or token ids.") from error
-        if tokens.ndim != 1 or tokens.size and not (np.issubdtype(tokens.dtype, np.integer)):
+        if tokens.ndim != 1 or (tokens.size and not (np.issubdtype(tokens.dtype, np.integer))):
             raise RequestError(f"the prompt {reprlib.repr(prompt)} is neither text nor a list of token ids; give one.")
         return [int(t) for t in tokens]
 
@@ -315,6 +315,4 @@ class LLM:
         if request.finish_reason is FinishReason.STOP:
             output = output[:-1]
         # Clean-up would take away spaces that a stream has already shown.
-        return str(
-            self.tokenizer.decode(output.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self.tokenizer.decode(output.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))

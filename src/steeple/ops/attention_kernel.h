@@ -156,6 +156,22 @@ void open_tile(Work& w, const Tile& tile, int64_t head) {
     pack_queries(w);
 }
 
+// Fetches the rows of the next chunk into the cache, a few at each step of the arithmetic on this one, in the order in
+// which they lie in memory: then the processor's own prefetcher joins in, and memory is busy all the time.
+struct Ahead {
+    const char* base;
+    const int64_t *at, *end;
+    int64_t rows_per_step, row_bytes;
+
+    Ahead(const char* base, const Work& w, int64_t steps)
+        : base(base), at(w.next), end(w.next + w.next_count), rows_per_step((w.next_count + steps - 1) / steps),
+          row_bytes(w.c.head_dim * w.c.kv_bytes()) {}
+    void step() {
+        for (int64_t i = 0; i < rows_per_step && at < end; i++, at++)
+            for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(base + *at + byte, 0, 2);
+    }
+};
+
 // 4 words of W keys -> 4 vectors of one word each.
 void turn_words(const char* keys, const int64_t* offsets, int64_t left, float* to) {
     vi r[4];
@@ -171,11 +187,11 @@ void turn_words(const char* keys, const int64_t* offsets, int64_t left, float* t
 void turn_keys(Work& w) {  // turned[group of W keys][word][key]
     const Call& c = w.c;
     const int64_t words = c.words();
+    Ahead ahead(c.keys, w, std::max<int64_t>(1, words / 4 * (CHUNK / W)));
     for (int g = 0; g * W < w.count; g++)
         for (int64_t word = 0; word < words; word += 4) {
             turn_words(c.keys + word * 4, w.here + g * W, words - word, &w.turned[(g * words + word) * W]);
-            if (w.next_count && word % 16 == 0)
-                for (int i = 0; i < W; i++) __builtin_prefetch(c.keys + w.next[g * W + i] + word * 4, 0, 2);
+            ahead.step();
         }
 }
 
@@ -296,7 +312,7 @@ template <int KIND> inline vi load_values(const char* values, const int64_t* off
 
 // acc[ROWS, COLUMNS of W] += weights[ROWS, count] x values[count, COLUMNS]; `left`: elements up to the head's end.
 template <int KIND, int ROWS, int COLUMNS>
-void mix(const Work& w, const char* values, const float* weights, float* acc, int left) {
+void mix(const Work& w, const char* values, const float* weights, float* acc, int left, Ahead& ahead) {
     const int64_t width = w.c.width();
     vf sum[ROWS][COLUMNS];
 #pragma GCC unroll 8
@@ -306,6 +322,7 @@ void mix(const Work& w, const char* values, const float* weights, float* acc, in
     }
     for (int s = 0; s < w.count; s += KIND == BF16_DOT ? 2 : 1) {
         vi v[COLUMNS];
+        ahead.step();
 #pragma GCC unroll 8
         for (int h = 0; h < COLUMNS; h++)
             v[h] = load_values<KIND>(values + h * W * bytes_of(KIND), w.here + s, COLUMNS == 1 ? left : W);
@@ -322,33 +339,35 @@ void mix(const Work& w, const char* values, const float* weights, float* acc, in
     }
 }
 
-template <int KIND, int ROWS> void mix_columns(const Work& w, const float* weights, float* acc, bool ahead) {
-    const int H = (int)w.c.head_dim, bytes = bytes_of(KIND);
+template <int KIND, int ROWS> void mix_columns(const Work& w, const float* weights, float* acc, Ahead& ahead) {
+    const int H = (int)w.c.head_dim;
     for (int h = 0; h < H;) {
-        const char* values = w.c.values + h * bytes;
-        const int step = h + MAX_COLUMNS * W <= H ? MAX_COLUMNS * W : W;
-        if (ahead)
-            for (int s = 0; s < w.next_count; s++)
-                for (int b = 0; b < step * bytes; b += 64) __builtin_prefetch(values + w.next[s] + b, 0, 2);
-        if (step > W) mix<KIND, ROWS, MAX_COLUMNS>(w, values, weights, acc + h, W);
-        else mix<KIND, ROWS, 1>(w, values, weights, acc + h, H - h);
-        h += step;
+        const char* values = w.c.values + h * bytes_of(KIND);
+        if (h + MAX_COLUMNS * W <= H) {
+            mix<KIND, ROWS, MAX_COLUMNS>(w, values, weights, acc + h, W, ahead);
+            h += MAX_COLUMNS * W;
+        } else {
+            mix<KIND, ROWS, 1>(w, values, weights, acc + h, H - h, ahead);
+            h += W;
+        }
     }
 }
 
 template <int KIND, int ROWS = MAX_ROWS>
-void mix_rows(const Work& w, int rows, const float* weights, float* acc, bool ahead) {
+void mix_rows(const Work& w, int rows, const float* weights, float* acc, Ahead& ahead) {
     if (rows == ROWS) mix_columns<KIND, ROWS>(w, weights, acc, ahead);
     else if constexpr (ROWS > 1) mix_rows<KIND, ROWS - 1>(w, rows, weights, acc, ahead);
 }
 
 void mix_chunk(Work& w) {
+    const int64_t steps = CHUNK / (w.c.kind == BF16_DOT ? 2 : 1) * std::max<int64_t>(1, w.c.head_dim / (MAX_COLUMNS * W));
+    Ahead ahead(w.c.values, w, steps);
     for (int64_t m = 0; m < w.queries;) {
         const int n = rows_of(w.queries, m);
         float *weights = &w.scores[m * CHUNK], *acc = w.part.acc + m * w.c.width();
-        if (w.c.kind == F32) mix_rows<F32>(w, n, weights, acc, m == 0);
-        else if (w.c.kind == BF16) mix_rows<BF16>(w, n, weights, acc, m == 0);
-        else mix_rows<BF16_DOT>(w, n, weights, acc, m == 0);
+        if (w.c.kind == F32) mix_rows<F32>(w, n, weights, acc, ahead);
+        else if (w.c.kind == BF16) mix_rows<BF16>(w, n, weights, acc, ahead);
+        else mix_rows<BF16_DOT>(w, n, weights, acc, ahead);
         m += n;
     }
 }

@@ -1,0 +1,73 @@
+"""``steeple``: the list of commands. A command's module is imported when the command is called, not before."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+COMMANDS = {
+    "generate": ("steeple.cli.generate", "Complete a file of prompts, faster and with the same tokens."),
+    "bench": ("steeple.cli.bench", "Measure drafters against plain decoding, in one process."),
+    "verify": ("steeple.cli.verify", "Prove on this machine that speculation changes nothing."),
+    "convert": ("steeple.cli.convert", "Turn a GGUF or llama2.c checkpoint into a Hugging Face folder."),
+}
+TRAIN = {"lm": ("steeple.cli.train", "Train a language model from scratch; resumable.")}
+
+
+class LazyCommand(TyperCommand):
+    """Stands for a command in the list, and imports its module once it is called."""
+
+    def __init__(self, name: str, module: str, help: str) -> None:
+        super().__init__(name, help=help)
+        self._module = module
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context of the real command, which then runs instead of this one."""
+        app: typer.Typer = importlib.import_module(self._module).app
+        return typer.main.get_command(app).make_context(info_name, args, parent, **extra)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line. Exit status 0, 1 (it ran and the answer is no), 2 (an error) or 130 (Ctrl-C)."""
+    root().main(args=list(sys.argv[1:] if args is None else args), prog_name="steeple")
+
+
+def root() -> TyperGroup:
+    """The command line as typer has it."""
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+    app.callback(help="Lossless speculative decoding: the same tokens, faster.")(_root)
+    group = _group(app, COMMANDS)
+    train = typer.Typer(name="train", no_args_is_help=True, add_completion=False)
+    train.callback(help="Train a model.")(_nothing)
+    group.add_command(_group(train, TRAIN), "train")
+    return group
+
+
+def _group(app: typer.Typer, commands: dict[str, tuple[str, str]]) -> TyperGroup:
+    group = typer.main.get_group(app)
+    for name, (module, help_) in commands.items():
+        group.add_command(LazyCommand(name, module, help_))
+    return group
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from steeple import __version__
+
+        sys.stdout.write(f"steeple {__version__}\n")
+        raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", help="Show the version.", is_eager=True, callback=_show_version),
+) -> None:
+    pass
+
+
+def _nothing() -> None:
+    pass
