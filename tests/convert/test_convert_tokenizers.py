@@ -109,6 +109,18 @@ def test_bytes_join_to_characters_and_pieces_are_never_taken_for_bytes(tmp_path:
     assert PIECES.index("<0x41>") not in tokenizer.encode("<0x41>")
 
 
+def test_merges_never_spell_a_byte_and_user_pieces_stay_whole(tmp_path: Path) -> None:
+    normal = ("<", "0", "x", "4", "1", ">", "<0", "x4", "<0x4", "1>")
+    extra = (*((piece, 1) for piece in normal), ("<|turn|>", 4), (SPACE * 2, 4))
+    path = write_sentencepiece(tmp_path / "t.model", collapse=False, extra=extra)
+    tokenizer, _ = read_tokenizer(path, "auto")
+    assert len(tokenizer) == len(PIECES) + len(extra)
+    spelled = [PIECES.index(SPACE), len(PIECES) + normal.index("<0x4"), len(PIECES) + normal.index("1>")]
+    assert tokenizer.encode("<0x41>", add_special_tokens=False) == oracle(path).encode("<0x41>") == spelled
+    assert tokenizer.encode("the<|turn|>")[-1] == len(PIECES) + len(normal)
+    assert tokenizer.decode(tokenizer.encode("a  the<|turn|>"), skip_special_tokens=True) == "a  the<|turn|>"
+
+
 def test_other_tokenizers_inside_a_gguf_are_read_by_transformers(tmp_path: Path) -> None:
     letters = sorted(bytes_to_unicode().values())
     tokens = [*letters, "th", "the", "<|end|>"]

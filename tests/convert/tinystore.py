@@ -186,13 +186,23 @@ def write_tokenizer_bin(path: Path, pieces: tuple[str, ...] = PIECES) -> Path:
     return path
 
 
-def write_sentencepiece(path: Path, *, collapse: bool = True, prefix: bool = True, model_type: int = 2) -> Path:
+def write_sentencepiece(
+    path: Path,
+    *,
+    collapse: bool = True,
+    prefix: bool = True,
+    model_type: int = 2,
+    extra: tuple[tuple[str, int], ...] = (),
+) -> Path:
+    """``extra``: further pieces with their kinds, each scored below the one before."""
     proto = sentencepiece_model_pb2.ModelProto()
     for piece, score, kind in zip(PIECES, scores(), kinds(), strict=True):
         proto.pieces.add(piece=piece, score=score, type=kind)
+    for index, (piece, kind) in enumerate(extra):
+        proto.pieces.add(piece=piece, score=-100.0 - index, type=kind)
     proto.trainer_spec.model_type = model_type
     proto.trainer_spec.byte_fallback = True
-    proto.trainer_spec.vocab_size = len(PIECES)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.add_dummy_prefix = prefix
     proto.normalizer_spec.remove_extra_whitespaces = collapse

@@ -51,13 +51,19 @@ def test_held_out_is_the_documented_hash_rule() -> None:
     assert not any(is_held_out(n) for n in names if is_validation(n))
 
 
-def test_splits_of_this_interpreter_do_not_overlap() -> None:
-    held_out = {name for name, _ in held_out_texts()}
-    trained = {d.name for d in documents() if d.split == "train"}
-    assert held_out
-    assert trained
-    assert not held_out & trained
-    assert held_out == {d.name for d in documents() if d.split == "held_out"}
+def test_held_out_texts_of_this_interpreter() -> None:
+    texts = dict(held_out_texts())
+    named = [name for name, _ in corpus_files() if is_held_out(name)]
+    assert sorted(texts) == named
+    assert len(texts) > 10
+    assert all(Document(name, text).split == "held_out" for name, text in texts.items())
+
+
+def test_splits_do_not_overlap() -> None:
+    splits = {name: Document(name, "").split for name in (f"f{i}.py" for i in range(4000))}
+    assert {name for name, split in splits.items() if split == "held_out"} == {n for n in splits if is_held_out(n)}
+    assert 10 < list(splits.values()).count("validation") < 80
+    assert list(splits.values()).count("train") > 3600
 
 
 def test_given_files_and_folders(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from steeple.model.decoder import Decoder
 from steeple.model.families import model_config
 from steeple.model.load import load_decoder
 from steeple.model.save import save_decoder
+from steeple.train.data import TokenStream
 from steeple.train.lm import LMConfig, Trainer, train
 from steeple.train.loss import CausalRows, next_token_loss
 from steeple.train.progress import read_log
@@ -191,6 +192,19 @@ def test_phases_cover_the_budget_in_order(tmp_path: Path) -> None:
     assert [config.phase(s) for s in (0, 15, 16, 19)] == [(0, 0), (0, 15), (1, 0), (1, 3)]
     with pytest.raises(ConfigError, match="beyond"):
         config.phase(STEPS)
+
+
+def test_each_step_reads_its_own_batch(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = TokenStream.batch
+    seen: list[tuple[int, int, int, int]] = []
+
+    def watched(self: TokenStream, phase: int, index: int, rows: int, seq_len: int) -> torch.Tensor:
+        seen.append((phase, index, rows, seq_len))
+        return read(self, phase, index, rows, seq_len)
+
+    monkeypatch.setattr(TokenStream, "batch", watched)
+    Trainer(settings(text, tmp_path, tokens=5 * BATCH, shares=(0.6, 0.4))).run()
+    assert seen == [(0, 0, 4, 32), (0, 1, 4, 32), (0, 2, 4, 32), (1, 0, 2, 64), (1, 1, 2, 64)]
 
 
 def test_the_embedded_shapes_are_the_stated_ones() -> None:

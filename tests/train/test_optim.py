@@ -18,6 +18,7 @@ def test_schedule_warms_stays_and_decays_to_nothing() -> None:
     assert scales[9:61] == [1.0] * 52
     assert scales[80] == pytest.approx(0.5)
     assert 0 < scales[99] < 0.03
+    assert wsd(800, 1000, 10, 0.4) == pytest.approx(0.5)
 
 
 def test_a_smaller_total_changes_nothing_before_its_decay() -> None:

@@ -39,6 +39,7 @@ class BenchConfig:
     step_tokens: int = field(
         default=0, metadata={"help": "most rows of one forward, 0 = all prompts of a cell, so that all decode together"}
     )
+    plots: str = field(default="", metadata={"help": "folder to draw charts into; empty: none"})
     identity_requests: int = field(
         default=8, metadata={"help": "requests per cell checked in float32 where the bench runs in another dtype"}
     )

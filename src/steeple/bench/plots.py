@@ -57,7 +57,7 @@ def speedup_figure(result: dict[str, Any]) -> Figure:
         _name_groups(axes, groups)
         axes.set_ylabel(f"speed-up over plain decoding (T = {temperature:g})")
         axes.margins(y=0.12)
-    panels[0].legend(frameon=False, ncols=len(methods) + 1)
+    _legend(figure, panels[0])
     return figure
 
 
@@ -74,7 +74,7 @@ def throughput_figure(result: dict[str, Any]) -> Figure:
             [g + BAR_ROOM / 2 for g in range(len(groups))],
             color="black",
             linewidth=1.5,
-            label="most that plain decoding could reach here",
+            label="bound of plain decoding on this machine",
         )
         for place, method in enumerate(methods):
             values = [_row(rows, group, method)["tokens_per_second"] for group in groups]
@@ -85,7 +85,7 @@ def throughput_figure(result: dict[str, Any]) -> Figure:
         axes.yaxis.set_major_formatter("{x:g}")
         _name_groups(axes, groups)
         axes.set_ylabel(f"tokens per second (T = {temperature:g})")
-    panels[0].legend(frameon=False)
+    _legend(figure, panels[0])
     return figure
 
 
@@ -102,13 +102,20 @@ def _panels(result: dict[str, Any]) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
+def _legend(figure: Figure, axes: Axes) -> None:
+    """One legend below all panels, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) > 20 else 4
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
 def _title(result: dict[str, Any]) -> str:
     config, environment = result["config"], result["environment"]
     temperatures = ", ".join(f"{t:g}" for t in config["temperature"])
     where = environment["device"] if environment["device"] != "cpu" else environment["cpu"]
     return (
         f"{config['model']}, k = {config['k']}, T = {temperatures}, {config['dtype']}, {config['max_tokens']} tokens\n"
-        f"{where}, {environment['threads']} threads"
+        f"{where}, threads: {environment['threads']}"
     )
 
 

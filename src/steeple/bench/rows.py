@@ -8,8 +8,8 @@ from statistics import median
 from typing import Any
 
 from steeple.bench.config import PLAIN, BenchConfig
-from steeple.bench.measure import Run, Timing
 from steeple.bench.workload import Cell
+from steeple.evidence.measure import Run, Timing
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from steeple.bench.config import PLAIN, BenchConfig
 from steeple.bench.floor import matrix_parameters, plain_step
-from steeple.bench.measure import Run, require_counted, run_requests
+from steeple.bench.plots import write_plots
 from steeple.bench.rows import Identity, cell_rows
 from steeple.bench.workload import Cell, Workload, cells, turns
 from steeple.draft import drafter_config
@@ -20,6 +22,7 @@ from steeple.engine import Engine, EngineConfig, LoadedModel, build_engine, load
 from steeple.errors import CapacityError
 from steeple.evidence.environment import environment
 from steeple.evidence.logits import first_difference, top_gap
+from steeple.evidence.measure import Run, require_counted, run_requests
 from steeple.evidence.progress import Progress, silent
 from steeple.evidence.prompts import PromptCutter, read_source
 from steeple.hardware import Hardware, available_memory, measure
@@ -49,7 +52,7 @@ def run_bench(config: BenchConfig, progress: Progress = silent, argv: Sequence[s
     surroundings["read_bytes_per_second"] = hardware.read_bytes_per_second
     surroundings["flops_per_second"] = hardware.flops_per_second[config.dtype]
     rows = bench.rows(hardware, progress)
-    return {
+    result = {
         "schema_version": SCHEMA_VERSION,
         "kind": "bench",
         "command": list(sys.argv if argv is None else argv),
@@ -60,6 +63,9 @@ def run_bench(config: BenchConfig, progress: Progress = silent, argv: Sequence[s
         "seconds": time.perf_counter() - started,
         "rows": rows,
     }
+    if config.plots:
+        write_plots(result, Path(config.plots))
+    return result
 
 
 def _shape(target: LoadedModel) -> dict[str, int]:
@@ -103,6 +109,7 @@ class _Bench:
                 self._run(cell, method, max_tokens=2 * config.k + 4)  # warm-up
                 done += 1
                 progress(_label(cell, method, "warm-up"), done, total)
+            gc.collect()  # now, rather than in the middle of a round
             runs: dict[str, list[Run]] = {method: [] for method in config.methods}
             for repeat, method in turns(config.methods, config.repeat):
                 run = self._run(cell, method)
@@ -164,9 +171,7 @@ class _Exact:
             if self._engines is None:
                 target = load_model(self._config.model, _engine_config(self._config, 0))
                 self._engines = _engines(self._config, self._workload, target)
-            self._outputs[key] = run_requests(
-                self._engines[method], self._workload.requests(cell, count=count)
-            ).outputs
+            self._outputs[key] = run_requests(self._engines[method], self._workload.requests(cell, count=count)).outputs
         return self._outputs[key]
 
 
@@ -183,9 +188,7 @@ def _engines(config: BenchConfig, workload: Workload, target: LoadedModel) -> di
             f"tokens take {needed / 2**20:.0f} MiB, {(needed - available) / 2**20:.0f} MiB more than there is; "
             "lower batch or context, or compare fewer drafters at once."
         )
-    return {
-        method: build_engine(target, settings, drafter_config(method, k=config.k)) for method in config.methods
-    }
+    return {method: build_engine(target, settings, drafter_config(method, k=config.k)) for method in config.methods}
 
 
 def _label(cell: Cell, method: str, what: str) -> str:

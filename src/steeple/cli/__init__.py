@@ -1,4 +1,4 @@
-"""The command line. Each command is made from the settings of the job it runs; nothing heavy loads before it is needed."""
+"""The command line. A command is made from the settings of the job it runs, and loads what it needs when called."""
 
 from steeple.cli.app import main
 

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
+    "demo": ("steeple.cli.demo", "Generate real prompts twice, plainly and speculatively, and compare."),
     "generate": ("steeple.cli.generate", "Complete a file of prompts, faster and with the same tokens."),
     "bench": ("steeple.cli.bench", "Measure drafters against plain decoding, in one process."),
     "verify": ("steeple.cli.verify", "Prove on this machine that speculation changes nothing."),

@@ -112,11 +112,11 @@ def given(
     Args:
         values: the command's parameters by name. explicit: whether a parameter was given on the command line.
     """
-    stored = load_file(values["config"]) if look.file and values.get("config") else {}
+    stored = load_file(values["config_file"]) if look.file and values.get("config_file") else {}
     for key in stored:
         known = {leaf.name for leaf in found}
         if key not in known:
-            raise ConfigError(f"{values['config']}: there is no setting {key!r}. {did_you_mean(key, known)}")
+            raise ConfigError(f"{values['config_file']}: there is no setting {key!r}. {did_you_mean(key, known)}")
     result: dict[tuple[str, ...], Any] = {}
     for leaf in found:
         if explicit(leaf.name):
@@ -194,7 +194,7 @@ def _parameter(leaf: Leaf, look: Look) -> inspect.Parameter:
     text = text.replace("[", r"\[")  # rich reads [..] as a style
     info: Any
     if leaf.name in look.positional:
-        info = typer.Argument(... if required else default, help=text, show_default=False)
+        info = typer.Argument(... if required else default, help=text, metavar=leaf.name.upper(), show_default=False)
     else:
         names = [_flag(leaf.name)]
         if leaf.kind is bool:
@@ -206,10 +206,16 @@ def _parameter(leaf: Leaf, look: Look) -> inspect.Parameter:
             *names,
             help=text,
             show_default=leaf.show(),
-            metavar=f"{leaf.kind.__name__.upper()},..." if leaf.many and leaf.name not in look.repeated else None,
+            metavar=_metavar(leaf, look),
             rich_help_panel=_panel(leaf.owner),
         )
     return inspect.Parameter(leaf.name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind)
+
+
+def _metavar(leaf: Leaf, look: Look) -> str | None:
+    if not leaf.many:
+        return None
+    return leaf.kind.__name__.upper() + ("" if leaf.name in look.repeated else ",...")
 
 
 def _annotation(leaf: Leaf, look: Look) -> tuple[Any, Any]:

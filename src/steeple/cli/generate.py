@@ -40,10 +40,10 @@ def run(config: GenerateConfig, shell: Shell) -> dict[str, Any]:
     with Bar(*columns, console=shell.console, disable=not shell.console.is_terminal) as bar:
         task = bar.add_task("generating", total=None)
 
-        def show(progress: Progress) -> None:
+        def tell(progress: Progress) -> None:
             bar.update(task, completed=progress.done, total=progress.total, progress=progress)
 
-        summary = run_generate(config, show)
+        summary = run_generate(config, tell)
     report(summary, shell.console)
     return summary
 

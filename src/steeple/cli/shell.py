@@ -22,7 +22,14 @@ from steeple.errors import SteepleError, StorageError
 C = TypeVar("C")
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 STDOUT = "-"
+FILE_WIDTH = 240
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+
+
+def speaker() -> Console:
+    """The console on stderr. A terminal's width limits tables; a file or a pipe gets every column whole."""
+    console = Console(stderr=True, highlight=False)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, width=FILE_WIDTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,7 @@ class Shell:
     @staticmethod
     def open(verbose: int, json: str | None) -> Shell:
         """Set up the logs. ``StorageError`` if the JSON could not be written in the end."""
-        shell = Shell(Console(stderr=True, highlight=False), verbose, json)
+        shell = Shell(speaker(), verbose, json)
         logger = logging.getLogger("steeple")
         logger.setLevel(LEVELS[min(verbose, len(LEVELS) - 1)])
         logger.handlers = [RichHandler(console=shell.console, show_path=False, show_time=verbose > 0)]
@@ -73,18 +80,13 @@ class Shell:
 Run = Callable[[C, Shell], dict[str, Any]]
 
 
-def no_failure(result: dict[str, Any]) -> bool:
-    """A command that ended without an error succeeded."""
-    return False
-
-
 def command(
     settings: type[C],
     run: Run[C],
     *,
     help: str,
     look: Look | None = None,
-    failed: Callable[[dict[str, Any]], bool] = no_failure,
+    failed: Callable[[dict[str, Any]], bool] | None = None,
 ) -> typer.Typer:
     """A command whose options are the fields of ``settings``.
 
@@ -95,18 +97,18 @@ def command(
     look = look or Look()
     found = leaves(settings)
 
-    def call(context: typer.Context, **values: Any) -> None:
+    def call(typer_context: typer.Context, **values: Any) -> None:
         def explicit(name: str) -> bool:
-            source = context.get_parameter_source(name)
+            source = typer_context.get_parameter_source(name)
             return source is not None and source.name == "COMMANDLINE"
 
         def work(shell: Shell) -> dict[str, Any]:
             return run(build(settings, given(found, look, values, explicit)), shell)
 
-        raise typer.Exit(_status(values["verbose"], values["json_file"], work, failed))
+        raise typer.Exit(_status(values["verbosity"], values["json_file"], work, failed))
 
     parameters = [
-        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        inspect.Parameter("typer_context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
         *signature(found, look),
         *_common(look),
     ]
@@ -122,11 +124,11 @@ def _common(look: Look) -> list[inspect.Parameter]:
     verbose = typer.Option(0, "--verbose", "-v", count=True, help="say more; twice: everything", show_default=False)
     config = typer.Option(None, "--config", help="TOML or JSON file with settings; options win over it")
     keyword = inspect.Parameter.KEYWORD_ONLY
-    file = [inspect.Parameter("config", keyword, default=config, annotation=Path | None)] if look.file else []
+    file = [inspect.Parameter("config_file", keyword, default=config, annotation=Path | None)] if look.file else []
     return [
         *file,
         inspect.Parameter("json_file", keyword, default=json_file, annotation=str | None),
-        inspect.Parameter("verbose", keyword, default=verbose, annotation=int),
+        inspect.Parameter("verbosity", keyword, default=verbose, annotation=int),
     ]
 
 
@@ -134,10 +136,10 @@ def _status(
     verbose: int,
     json_file: str | None,
     work: Callable[[Shell], dict[str, Any]],
-    failed: Callable[[dict[str, Any]], bool],
+    failed: Callable[[dict[str, Any]], bool] | None,
 ) -> int:
     """Do the work; the exit status says how it went."""
-    shell = Shell(Console(stderr=True, highlight=False), verbose, None)
+    shell = Shell(speaker(), verbose, None)
     try:
         shell = Shell.open(verbose, json_file)
         result = work(shell)
@@ -148,4 +150,4 @@ def _status(
     except KeyboardInterrupt as error:
         shell.console.print(str(error) or "Interrupted.", markup=False, soft_wrap=True)
         return INTERRUPTED
-    return FAILED if failed(result) else 0
+    return FAILED if failed is not None and failed(result) else 0

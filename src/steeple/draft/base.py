@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from steeple.model.decoder import Decoder, Hidden
 from steeple.ops.attention import PagedAttention
+from steeple.ops.linear import LinearOperation
 from steeple.request import Request
 from steeple.types import Batch, Draft
 
@@ -49,6 +51,7 @@ class Surroundings:
     step_tokens: int
     model_folder: Path | None = None
     share_prefixes: bool = True
+    linear: LinearOperation = F.linear
 
 
 class Drafter(Protocol):

@@ -47,6 +47,7 @@ class SmallLMConfig:
         hf.check_same_tokenizer(around.tokenizer, hf.load_tokenizer(folder))
         limit = around.decoder.config.max_context
         decoder = load_decoder(folder, dtype=around.dtype, device=around.device, max_context=limit)
+        decoder.use(around.linear)
         return SmallLM(self, decoder, around)
 
 

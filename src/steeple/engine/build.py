@@ -17,6 +17,7 @@ from steeple.hardware import available_memory, pick_device
 from steeple.model.decoder import Decoder
 from steeple.model.load import load_decoder
 from steeple.ops.attention import PagedAttention
+from steeple.ops.linear import LinearOperation, linear_backend
 from steeple.ops.native import attention_backend
 from steeple.plan.memory import plan_cache
 
@@ -31,6 +32,7 @@ class LoadedModel:
     decoder: Decoder
     tokenizer: Any
     attention: PagedAttention
+    linear: LinearOperation
     device: torch.device
 
 
@@ -43,8 +45,11 @@ def load_model(model: str, config: EngineConfig) -> LoadedModel:
     decoder = load_decoder(
         folder, dtype=getattr(torch, config.dtype), device=device, max_context=config.max_context or None
     )
-    attention = attention_backend(device, native=None if config.native else False)
-    return LoadedModel(folder, decoder, hf.load_tokenizer(folder), attention, device)
+    native = None if config.native else False
+    linear = linear_backend(device, native)
+    decoder.use(linear)
+    attention = attention_backend(device, native)
+    return LoadedModel(folder, decoder, hf.load_tokenizer(folder), attention, linear, device)
 
 
 def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConfig | None = None) -> Engine:
@@ -59,6 +64,7 @@ def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConf
                 decoder=target.decoder,
                 tokenizer=target.tokenizer,
                 attention=target.attention,
+                linear=target.linear,
                 device=target.device,
                 dtype=dtype,
                 block_size=config.block_size,

@@ -26,7 +26,7 @@ class EngineConfig:
     kv_tokens: int = field(default=0, metadata={"help": "positions the cache holds, 0 = planned"})
     block_size: int = field(default=16, metadata={"help": "positions per cache block"})
     share_prefixes: bool = field(default=True, metadata={"help": "share full blocks of equal prefixes"})
-    native: bool = field(default=True, metadata={"help": "use the native attention kernel where it builds"})
+    native: bool = field(default=True, metadata={"help": "use the native kernels where they build"})
     threads: int = field(default=0, metadata={"help": "torch threads, 0 = leave as they are"})
 
     def __post_init__(self) -> None:

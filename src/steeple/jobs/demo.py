@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from steeple.bench.measure import Run, run_requests
+from steeple.evidence.measure import Run, run_requests
 from steeple.config import check_range
 from steeple.draft import NO_DRAFTER, drafter_config
 from steeple.engine import Engine, EngineConfig, LoadedModel, build_engine, load_model

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steeple.config import ModelConfig
-from steeple.model.layers import Attend, Layer, RMSNorm
+from steeple.model.layers import Attend, Layer, Linear, RMSNorm
+from steeple.ops.linear import LinearOperation
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.reset_rope()
@@ -54,6 +55,12 @@ class Decoder(nn.Module):
         scale, device = self.config.rope_scale, self.device
         self.register_buffer("cos", (angle.cos() * scale).to(device), persistent=False)
         self.register_buffer("sin", (angle.sin() * scale).to(device), persistent=False)
+
+    def use(self, operation: LinearOperation) -> None:
+        """Compute all linear layers by ``operation`` from now on."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.operation = operation
 
     @property
     def dtype(self) -> torch.dtype:

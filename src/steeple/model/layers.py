@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steeple.config import ModelConfig
+from steeple.ops.linear import LinearOperation
 
 
 class Attend(Protocol):
@@ -21,6 +22,17 @@ class Attend(Protocol):
     """
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor: ...
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` whose operation can be replaced (see ``Decoder.use``); the weights stay where they are."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.operation: LinearOperation = F.linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.operation(input, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -53,8 +65,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.o = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.o_bias)
+        self.qkv = Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.o = Linear(self.heads * self.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -74,8 +86,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.gelu = config.gelu
 
     def forward(self, x_TD: Tensor) -> Tensor:

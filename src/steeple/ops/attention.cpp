@@ -12,7 +12,7 @@ constexpr int64_t TILE = 64;           // queries (rows x heads that share a key
 constexpr int64_t PIECES = 4;          // pieces wanted per thread, to balance the load
 constexpr double WORTH_A_THREAD = 4e3;  // nanoseconds of work below which another thread does not pay
 
-enum Outcome { OK = 0, OUTSIDE_CACHE = 1, NO_MEMORY = 2 };
+enum Outcome { OK = 0, OUTSIDE_CACHE = 1, NO_MEMORY = 2, BAD_OFFSETS = 3 };
 
 // Same as GOMP_parallel: runs body(data) on `threads` threads, the caller's included.
 typedef void (*Team)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
@@ -127,7 +127,8 @@ bool run_piece(Job& job, const Piece& piece, Work& w, const Sums& own) {
         Group& group = job.groups[piece.slot];
         if (group.missing.fetch_sub(1) > 1) return true;
         clear(whole, q, width);
-        for (int64_t split = 0; split < w.tile.splits(); split++) add(whole, nth(group.sums, split, q, width), q, width);
+        for (int64_t split = 0; split < w.tile.splits(); split++)
+            add(whole, nth(group.sums, split, q, width), q, width);
     }
     write_out(c, w.tile, piece.head, whole);
     return true;
@@ -147,20 +148,28 @@ void run_pieces(void* data) {
     }
 }
 
+bool rises(const int32_t* offsets, int64_t count, int64_t last) {  // offsets[0..count] from 0 to last
+    for (int64_t i = 0; i < count; i++)
+        if (offsets[i] > offsets[i + 1]) return false;
+    return offsets[0] == 0 && offsets[count] == last;
+}
+
 }  // namespace
+
+#include "linear.h"
 
 extern "C" {
 
-int steeple_lanes() { return W; }
-
 int steeple_attention(const void* q, const void* keys, const void* values, void* out, const int32_t* cu_rows,
                       const int32_t* blocks, const int32_t* cu_blocks, const int32_t* prefix, const int64_t* ancestors,
-                      const int32_t* text_len, const int32_t* positions, int64_t q_stride, int64_t requests,
-                      int64_t num_blocks, int64_t block_size, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                      int64_t window, float scale, float softcap, int q_bf16, int kv_bf16, int64_t threads, Team team) {
+                      const int32_t* text_len, const int32_t* positions, int64_t requests, int64_t entries,
+                      int64_t rows, int64_t q_stride, int64_t num_blocks, int64_t block_size, int64_t heads,
+                      int64_t kv_heads, int64_t head_dim, int64_t window, float scale, float softcap, int q_bf16,
+                      int kv_bf16, int64_t threads, Team team) {
     Call c{(const char*)q, (const char*)keys, (const char*)values, (char*)out, cu_rows, blocks, cu_blocks, prefix,
            text_len, positions, ancestors, q_stride, requests, num_blocks, block_size, heads, kv_heads, head_dim,
            window, scale, softcap, q_bf16 != 0, kv_bf16 != 0, F32};
+    if (!rises(cu_rows, requests, rows) || !rises(cu_blocks, requests, entries)) return BAD_OFFSETS;
     if (c.kv_bf16) c.kind = HAS_DOT && c.q_bf16 ? BF16_DOT : BF16;
     try {
         Job job(c);

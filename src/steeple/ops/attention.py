@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from steeple.errors import InternalError
-from steeple.types import KVLayout
+from steeple.types import MAX_NODES, KVLayout
 
-MAX_NODES = 64  # bits of KVLayout.ancestors
+DTYPES = (torch.float32, torch.bfloat16)
 TILE = 256  # query rows for which the reference holds all scores at once
 
 
@@ -89,6 +89,7 @@ def paged_attention(
 ) -> Tensor:
     """The reference, see ``PagedAttention``: request after request, all scores of a tile of rows at once."""
     check_attention(q_TNH, keys, values, layout)
+    check_layout(layout)
     out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     cu_rows, cu_blocks = layout.cu_rows.tolist(), layout.cu_blocks.tolist()
     for b, text_len in enumerate(layout.text_len.tolist()):
@@ -164,17 +165,24 @@ def _slot_rows(cache: Tensor, slots: Tensor) -> Tensor:
 
 
 def check_attention(q_TNH: Tensor, keys: Tensor, values: Tensor, layout: KVLayout) -> None:
-    """Raise ``InternalError`` unless the arguments have the shapes, strides and dtypes of the contract."""
-    T, N, H = q_TNH.shape
-    K = keys.shape[1]
+    """Raise ``InternalError`` unless the tensors have the shapes, strides and dtypes of the contract."""
+    (T, N, H), (_, K, S, kv_H) = q_TNH.shape, keys.shape
     require(keys.shape == values.shape and keys.dtype == values.dtype, "keys and values differ in shape or dtype")
     require(keys.is_contiguous() and values.is_contiguous(), "keys or values are not contiguous")
-    require(keys.dtype in (torch.float32, torch.bfloat16), f"keys are {keys.dtype}; float32 or bfloat16 is needed")
-    require(q_TNH.dtype in (torch.float32, torch.bfloat16), f"q is {q_TNH.dtype}; float32 or bfloat16 is needed")
-    require(keys.shape[3] == H and N % K == 0, f"q {tuple(q_TNH.shape)} does not fit keys {tuple(keys.shape)}")
-    require(keys.shape[2] == layout.block_size, f"block_size {layout.block_size}, keys {tuple(keys.shape)}")
+    require(keys.dtype in DTYPES and q_TNH.dtype in DTYPES, f"q is {q_TNH.dtype}, keys are {keys.dtype}")
+    fits = kv_H == H and N % K == 0 and layout.block_size == S and layout.prefix.shape[0] == T
+    require(fits, f"q {tuple(q_TNH.shape)} does not fit keys {tuple(keys.shape)} or the layout")
     require(q_TNH.stride()[1:] == (H, 1), f"q has strides {q_TNH.stride()}; only rows may be strided")
-    require(layout.prefix.shape[0] == T, f"the layout has {layout.prefix.shape[0]} rows, q has {T}")
+
+
+def check_layout(layout: KVLayout) -> None:
+    """Raise ``InternalError`` unless the fields of ``layout`` have the dtypes and sizes of the contract."""
+    B, T = layout.text_len.shape[0], layout.prefix.shape[0]
+    ints = (layout.cu_rows, layout.blocks, layout.cu_blocks, layout.prefix, layout.text_len, layout.positions)
+    require(all(x.dtype == torch.int32 and x.is_contiguous() for x in ints), "the layout is not contiguous int32")
+    require(layout.ancestors.dtype == torch.int64, f"ancestors are {layout.ancestors.dtype}; int64 is needed")
+    sizes = (layout.cu_rows.shape[0], layout.cu_blocks.shape[0], layout.ancestors.shape[0], layout.positions.shape[0])
+    require(sizes == (B + 1, B + 1, T, T), f"the layout has sizes {sizes} for {B} requests and {T} rows")
 
 
 def check_write(keys: Tensor, values: Tensor, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:

@@ -25,22 +25,27 @@ from torch import Tensor
 
 from steeple.errors import ConfigError
 from steeple.ops.attention import (
-    KVLayout,
     PagedAttention,
     ReferenceAttention,
     check_attention,
+    check_layout,
     check_write,
     paged_attention,
     require,
     write_kv,
 )
+from steeple.types import KVLayout
 
-SOURCES = ("attention.cpp", "attention_kernel.h", "simd.h")
+SOURCES = ("attention.cpp", "attention_kernel.h", "attention_call.h", "linear.h", "simd.h")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 THIS_MACHINE = ("-march=native",)
 SWITCH = "STEEPLE_NATIVE"  # environment: 0 = never native, 1 = native or an error
 COMPILE_SECONDS = 300
-OUTCOMES = {1: "a slot or a block of the layout lies outside the cache", 2: "there is no memory for the sums"}
+OUTCOMES = {
+    1: "a slot or a block of the layout lies outside the cache",
+    2: "there is no memory for the sums",
+    3: "cu_rows or cu_blocks is wrong",
+}
 
 log = logging.getLogger(__name__)
 
@@ -110,13 +115,15 @@ class NativeAttention:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         library = ctypes.CDLL(str(path))
         pointer, size, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self._attend = library.steeple_attention
-        self._attend.argtypes = [pointer] * 11 + [size] * 8 + [real] * 2 + [ctypes.c_int] * 2 + [size, pointer]
+        self._attend.argtypes = [pointer] * 11 + [size] * 10 + [real] * 2 + [ctypes.c_int] * 2 + [size, pointer]
         self._write = library.steeple_write
         self._write.argtypes = [pointer] * 5 + [size] * 7
-        self._team = _torch_team()
+        self._team = torch_team()
+        self._last: tuple[KVLayout | None, tuple[int, ...]] = (None, ())  # all layers of a step share a layout
 
     def __call__(
         self,
@@ -134,21 +141,19 @@ class NativeAttention:
         T, N, H = q_TNH.shape
         if H % 2:
             return paged_attention(q_TNH, keys, values, layout, scale=scale, window=window, softcap=softcap)
+        known, pointers = self._last
+        if known is not layout:
+            pointers = _pointers(layout)
+            self._last = (layout, pointers)
         out_TNH = q_TNH.new_empty((T, N, H))
         outcome = self._attend(
             q_TNH.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
             out_TNH.data_ptr(),
-            layout.cu_rows.data_ptr(),
-            layout.blocks.data_ptr(),
-            layout.cu_blocks.data_ptr(),
-            layout.prefix.data_ptr(),
-            layout.ancestors.data_ptr(),
-            layout.text_len.data_ptr(),
-            layout.positions.data_ptr(),
+            *pointers,
+            T,
             q_TNH.stride(0),
-            layout.text_len.shape[0],
             keys.shape[0],
             layout.block_size,
             N,
@@ -190,7 +195,14 @@ class NativeAttention:
         require(outcome == 0, OUTCOMES.get(outcome, ""))
 
 
-def _torch_team() -> int | None:
+def _pointers(layout: KVLayout) -> tuple[int, ...]:
+    check_layout(layout)
+    fields = (layout.cu_rows, layout.blocks, layout.cu_blocks, layout.prefix, layout.ancestors, layout.text_len)
+    addresses = (x.data_ptr() for x in (*fields, layout.positions))
+    return (*addresses, layout.text_len.shape[0], layout.blocks.shape[0])
+
+
+def torch_team() -> int | None:
     """Address of ``GOMP_parallel`` of the OpenMP runtime that torch has loaded, so that both use the same threads."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
@@ -212,6 +224,12 @@ def _load() -> NativeAttention | str:
             reason = str(error)
     log.warning("No native attention, the slow reference serves: %s", reason)
     return reason
+
+
+def library_path(native: bool | None = None) -> Path | None:
+    """The compiled library for the CPU; None where it is unwanted or cannot be built. See ``attention_backend``."""
+    found = attention_backend("cpu", native)
+    return found.path if isinstance(found, NativeAttention) else None
 
 
 def attention_backend(device: torch.device | str, native: bool | None = None) -> PagedAttention:

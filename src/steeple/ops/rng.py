@@ -42,11 +42,14 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, counter: Tensor, stream: Stream, lane: Tensor | int = 0) -> Tensor:
-    """Independent numbers in [0, 1), float64, elementwise over int64 ``seed``, ``counter`` and ``lane``."""
+    """Independent numbers in [0, 1), float64, elementwise over int64 ``seed``, ``counter`` and ``lane``.
+
+    One SplitMix64 starts the next: the seed's numbers start the counters', and those start the lanes'.
+    """
     state = _mix(seed + _signed(_GOLDEN * int(stream) % 2**64))
-    state = _mix(state ^ _mix(counter * _GOLDEN + 1))
+    state = _mix(state + counter * _GOLDEN)
     lanes = lane if isinstance(lane, Tensor) else torch.full_like(state, lane)
-    state = _mix(state ^ _mix(lanes * _GOLDEN + 2))
+    state = _mix(state + lanes * _GOLDEN)
     return _shift_right(state, 11).to(torch.float64) * 2.0**-53
 
 

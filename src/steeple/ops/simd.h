@@ -1,5 +1,6 @@
-// Vectors of the machine this is compiled for, as GCC/Clang vector extensions: 16, 8 or 4 lanes of 32 bits.
-// Intrinsics only for the bfloat16 dot product, and where compilers miss the one instruction that widens. The compiler is told -march=native, so there is no dispatch.
+// Vectors of the machine this is compiled for, as GCC/Clang vector extensions: 16, 8 or 4 lanes of 32 bits. Intrinsics
+// only where compilers miss the instruction. The library is built where it runs, so the compiler's -march=native
+// chooses the instruction set and nothing is dispatched.
 #pragma once
 
 #include <cstdint>

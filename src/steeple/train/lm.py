@@ -203,6 +203,7 @@ class Trainer:
                 }
                 if done % config.validate_every == 0 or done == config.steps:
                     record["validation"] = self.loss_on("validation", config.validate_windows, config.seq_lens[0])
+                    peak = max(peak, measured_peak(self.device))  # the first measure may have met a busy machine
                 self.progress = {"step": done, "seconds": before + time.perf_counter() - begun}
                 reporter.record(**record, seconds=self.progress["seconds"])
                 if done % config.save_every == 0 or done == config.steps:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 LOG = "log.jsonl"
 
 
-def measured_peak(device: torch.device, seconds: float = 0.5) -> float:
+def measured_peak(device: torch.device, seconds: float = 0.2) -> float:
     """Floating-point operations per second of a bfloat16 matrix product of 2048 x 2048, the best of the tries."""
     size, best = 2048, 0.0
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))

@@ -7,7 +7,6 @@ step time and tokens per second speak of one steady state; the whole run, prompt
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,7 +56,6 @@ class Run:
 
 def run_requests(engine: Engine, requests: Sequence[Request]) -> Run:
     """Run ``requests`` together, alone in the engine. ``InternalError`` if one of them ends with an error."""
-    gc.collect()
     engine.stats = EngineStats()
     nodes = engine.drafter.needs.nodes if engine.drafter is not None else 0
     timing = Timing(accepted=[0] * nodes)

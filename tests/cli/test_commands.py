@@ -1,0 +1,148 @@
+"""The commands as a user types them, in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steeple import __version__
+from steeple.cli import generate as generate_command
+from steeple.cli import main
+from steeple.cli.app import COMMANDS, TRAIN
+from steeple.jobs import GenerateConfig, JobInterrupted, Progress
+
+
+def steeple(*args: str) -> int:
+    """The exit status."""
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "p.txt"
+    path.write_text("def area(width\nclass Box:\n")
+    return path
+
+
+def test_the_list_of_commands_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert steeple("--help") == 0
+    text = capsys.readouterr().out
+    for name, (_, help_) in COMMANDS.items():
+        assert name in text
+        assert help_ in text
+    assert steeple("train", "--help") == 0
+    assert TRAIN["lm"][1] in capsys.readouterr().out
+    assert steeple("--version") == 0
+    assert capsys.readouterr().out == f"steeple {__version__}\n"
+
+
+def test_an_unknown_command_or_option_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert steeple("generat") == 2
+    assert "Did you mean 'generate'?" in capsys.readouterr().err
+    assert steeple("generate", "--temprature", "1") == 2
+    assert "--temperature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), ("train", "lm")])
+def test_every_command_has_help_with_the_fields_of_its_settings(
+    capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    assert steeple(*command, "--help") == 0
+    text = capsys.readouterr().out
+    assert "--json" in text
+    assert " options " in text
+
+
+def test_generate_writes_file_table_and_json(
+    prompts: Path, target_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = prompts.with_name("o.jsonl")
+    arguments = ("generate", str(prompts), "-o", str(output), "--model", str(target_folder), "--drafter", "ngram")
+    arguments += ("--k", "3", "--max-tokens", "5", "--ignore-eos", "--batch-size", "1", "--stop", "zz,", "--json", "-")
+    assert steeple(*arguments) == 0
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
+    assert (summary["requests"], summary["completion_tokens"], summary["k"], summary["batch_size"]) == (2, 10, 3, 1)
+    for part in ("tokens/s", "tau", "acceptance by position", str(output)):
+        assert part in captured.err
+    assert [len(json.loads(line)["token_ids"]) for line in output.read_text().splitlines()] == [5, 5]
+
+    assert steeple(*arguments) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tokens_per_second"] is None
+    assert "All 2 requests are in" in captured.err
+
+
+def test_generate_with_a_small_model(
+    prompts: Path, target_folder: Path, draft_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("generate", str(prompts), "--model", str(target_folder), "--max-tokens", "6", "--ignore-eos")
+    plain, drafted = prompts.with_name("plain.jsonl"), prompts.with_name("drafted.jsonl")
+    assert steeple(*common, "-o", str(plain), "--drafter", "none") == 0
+    assert steeple(*common, "-o", str(drafted), "--drafter", f"small_lm:{draft_folder}") == 0
+    tokens = [[json.loads(line)["token_ids"] for line in path.read_text().splitlines()] for path in (plain, drafted)]
+    assert tokens[0] == tokens[1]
+    assert json.loads(drafted.read_text().splitlines()[0])["metrics"]["drafted"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--drafter", "smal_lm"], "Unknown drafter 'smal_lm'. Did you mean 'small_lm'?"),
+        (["--temperature", "nan"], "temperature = nan is out of range; give a value from 0.0 to 100.0."),
+        (["--top-p", "0"], "top_p = 0.0 is out of range"),
+        (["--dtype", "floot32"], "EngineConfig.dtype = 'floot32'. Did you mean 'float32'?"),
+        (["--stop-token-ids", "1,x"], "--stop-token-ids: 'x' is no int"),
+        (["--model", "./nothing"], "Model './nothing': there is no such folder."),
+        (["-o", "nowhere/o.jsonl"], "there is no folder nowhere; make it first"),
+    ],
+)
+def test_a_wrong_setting_is_one_message_and_status_2(
+    prompts: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    says: str,
+) -> None:
+    monkeypatch.chdir(prompts.parent)
+    assert steeple("generate", str(prompts), "-o", "o.jsonl", *options) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error ")
+    assert says in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_ctrl_c_is_status_130(
+    prompts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(config: GenerateConfig, progress: Any) -> dict[str, Any]:
+        raise JobInterrupted("Interrupted. 3 finished requests are kept.")
+
+    monkeypatch.setattr(generate_command, "run_generate", interrupted)
+    assert steeple("generate", str(prompts), "-o", str(prompts.with_name("o.jsonl"))) == 130
+    assert capsys.readouterr().err == "Interrupted. 3 finished requests are kept.\n"
+
+
+def test_the_bar_reads_the_engine_while_a_request_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.progress import Progress as Bar
+
+    from steeple.engine.stats import EngineStats
+    from steeple.request import SpeculationStats
+
+    stats = EngineStats()
+    column = generate_command.LiveColumn()
+    bar = Bar(column, disable=True)
+    bar.add_task("generating", progress=None)
+    task = bar.tasks[0]
+    assert column.render(task).plain == "loading"
+    task.fields["progress"] = Progress(total=9, done=1, errors=2, stats=stats, begun=0.0)
+    stats.speculation = SpeculationStats(rounds=2, committed=5)
+    assert column.render(task).plain.endswith("tokens/s  tau 2.50  2 errors")
+    stats.committed = 10**9
+    assert not column.render(task).plain.startswith("0 ")

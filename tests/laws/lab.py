@@ -1,0 +1,233 @@
+"""What the laws are tested with: tiny decoders in memory, engines of every row of the matrix, and the slow truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from forests import Checked, DrawnTree, Mixed, Motley, Ragged, RandomTree
+from torch import Tensor
+
+from steeple.cache.paged import PagedCache
+from steeple.config import ModelConfig
+from steeple.draft.base import Drafter, Surroundings
+from steeple.draft.ngram import NGramConfig
+from steeple.draft.small_lm import SmallLM, SmallLMConfig
+from steeple.engine.engine import Engine, EngineParts
+from steeple.model.decoder import Decoder
+from steeple.ops.native import attention_backend
+from steeple.request import Request
+from steeple.types import SamplingParams
+
+CPU = torch.device("cpu")
+MANY_STEPS = 10_000
+
+
+def tiny_decoder(
+    seed: int, *, vocab: int = 11, layers: int = 2, hidden: int = 16, context: int = 128, sharpness: float = 3.0
+) -> Decoder:
+    """A random decoder whose laws are neither flat nor one-hot; ``sharpness`` is the spread of its logits."""
+    heads, head_dim = 2, 8
+    config = ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        intermediate_size=2 * hidden,
+        max_context=context,
+        rope_inv_freq=tuple(100.0 ** (-2 * i / head_dim) for i in range(head_dim // 2)),
+    )
+    decoder = Decoder(config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in decoder.named_parameters():
+        if "norm" not in name:
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 1.5 / weight.shape[-1] ** 0.5)
+    decoder.head.weight.mul_(sharpness / 1.5)
+    return decoder
+
+
+TARGET = tiny_decoder(4)
+BAD = tiny_decoder(1, layers=1, hidden=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheKind:
+    """One column of the matrix."""
+
+    block_size: int = 16
+    blocks: int = 64
+    share: bool = True
+
+
+CACHES = {
+    "paged": CacheKind(),
+    "private": CacheKind(share=False),
+    "tiny_blocks": CacheKind(block_size=1, blocks=900),
+    "odd_blocks_tight": CacheKind(block_size=3, blocks=22),
+}
+
+Build = Callable[[Surroundings], Drafter | None]
+
+
+def _small(decoder: Decoder, k: int) -> Build:
+    return lambda around: SmallLM(SmallLMConfig(k=k), decoder, around)
+
+
+def drafters(target: Decoder = TARGET, bad: Decoder = BAD, k: int = 4) -> dict[str, Build]:
+    """The rows of the matrix, for one target."""
+    vocab = target.config.vocab_size
+    return {
+        "none": lambda around: None,
+        "ngram": lambda around: NGramConfig(k=k, min_match=1, max_match=3).build(around),
+        "small_lm": _small(bad, k),
+        "small_lm_self": _small(target, k),
+        "chosen_tree": lambda around: RandomTree(vocab, 2 * k),
+        "drawn_tree": lambda around: DrawnTree(vocab, 2 * k),
+        "motley_tree": lambda around: Motley(vocab, 2 * k),
+        "ragged": lambda around: Ragged(vocab, k),
+        "two_drafters": lambda around: Mixed(
+            SmallLM(SmallLMConfig(k=k), bad, around), DrawnTree(vocab, k), RandomTree(vocab, k)
+        ),
+    }
+
+
+ROWS = tuple(drafters())
+
+
+def make_engine(
+    row: str | Build = "none",
+    cache: CacheKind = CACHES["paged"],
+    *,
+    target: Decoder = TARGET,
+    bad: Decoder = BAD,
+    k: int = 4,
+    batch_size: int = 256,
+    step_tokens: int = 512,
+    attention: object = None,
+    tokenizer: object = None,
+) -> Engine:
+    """An engine of one cell of the matrix. Every proposal of its drafter is checked."""
+    attention = attention or attention_backend(CPU)
+    around = Surroundings(
+        decoder=target,
+        tokenizer=tokenizer,
+        attention=attention,
+        device=CPU,
+        dtype=torch.float32,
+        block_size=cache.block_size,
+        step_tokens=step_tokens,
+        share_prefixes=cache.share,
+    )
+    build = drafters(target, bad, k)[row] if isinstance(row, str) else row
+    drafter = build(around)
+    if drafter is not None:
+        drafter = Checked(drafter, target.config.vocab_size)
+        drafter.prepare(cache.blocks)
+    paged = PagedCache(
+        target.config,
+        blocks=cache.blocks,
+        block_size=cache.block_size,
+        dtype=torch.float32,
+        share_prefixes=cache.share,
+    )
+    return Engine(
+        EngineParts(
+            decoder=target,
+            cache=paged,
+            attention=attention,
+            drafter=drafter,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            step_tokens=step_tokens,
+            max_context=target.config.max_context,
+        )
+    )
+
+
+def make_requests(
+    prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *, seeds: bool = False
+) -> list[Request]:
+    """Requests r0, r1, ...; ``seeds``: each gets its number as seed."""
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    return [
+        Request(f"r{i}", list(prompt), replace(own, seed=i) if seeds else own)
+        for i, (prompt, own) in enumerate(zip(prompts, each, strict=True))
+    ]
+
+
+def run(engine: Engine, requests: Sequence[Request], *, join_every: int = 0) -> list[list[int]]:
+    """Run to the end and return the outputs; checks that tokens counted, reported and written are the same (L6).
+
+    ``join_every``: a request joins every so many steps, instead of all at the start.
+    """
+    waiting = list(requests)
+    reported: dict[str, list[int]] = {r.id: [] for r in requests}
+    before = engine.stats.committed
+    for step in range(MANY_STEPS):
+        while waiting and (not join_every or step >= join_every * (len(requests) - len(waiting))):
+            engine.add(waiting.pop(0))
+        for committed in engine.step():
+            assert committed.tokens, "a commit without tokens"
+            reported[committed.request.id].extend(committed.tokens)
+        if engine.idle and not waiting:
+            break
+    assert engine.idle, "the engine never ends"
+    engine.check_integrity()
+    outputs = [r.output.tolist() for r in requests]
+    assert list(reported.values()) == outputs, "reported tokens are not those of the text"
+    assert engine.stats.committed - before == sum(map(len, outputs)), "tokens counted are not tokens written"
+    for request in requests:
+        stats = request.stats
+        assert stats.committed == request.written - 1, "rounds commit every token but the first"
+        assert sum(stats.accepted_at) == stats.accepted <= stats.drafted
+        assert stats.accepted <= stats.committed <= stats.accepted + stats.rounds
+    return outputs
+
+
+def dense(decoder: Decoder, text: Sequence[int]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The slow truth for one text: logits ``[T, V]``, and for each layer keys and values ``[T, K, H]``, no cache."""
+    all_keys, all_values = [], []
+    config = decoder.config
+
+    def attend(layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        all_keys.append(k_TKH.clone())
+        all_values.append(v_TKH.clone())
+        k, v = (x.repeat_interleave(config.num_heads // config.num_kv_heads, dim=1) for x in (k_TKH, v_TKH))
+        scores = torch.einsum("tnh,snh->nts", q_TNH, k) * config.scale
+        later = torch.ones(len(text), len(text), dtype=torch.bool).triu(1)
+        return torch.einsum("nts,snh->tnh", scores.masked_fill(later, -torch.inf).softmax(-1), v)
+
+    with torch.no_grad():
+        hidden = decoder(torch.tensor(text), torch.arange(len(text)), attend)
+        return decoder.logits(hidden.final_TD), all_keys, all_values
+
+
+def gathered(cache: PagedCache, request: Request) -> tuple[Tensor, Tensor]:
+    """What the cache holds of a request, read by its block table: keys and values ``[L, cached, K, H]``."""
+    table = torch.tensor(list(cache.table(request.id)), dtype=torch.int64)
+    out = []
+    for store in (cache.keys, cache.values):
+        L, _, K, S, H = store.shape
+        flat = store[:, table].permute(0, 1, 3, 2, 4).reshape(L, len(table) * S, K, H)
+        out.append(flat[:, : request.cached])
+    return out[0], out[1]
+
+
+def check_cache(engine: Engine, requests: Sequence[Request]) -> int:
+    """Law: what the cache holds of running requests equals a fresh forward over their text. Returns positions seen."""
+    seen = 0
+    for request in requests:
+        if not engine.cache.has(request.id) or not request.cached:
+            continue
+        text = request.tokens[: request.cached].tolist()
+        _, keys, values = dense(engine.parts.decoder, text)
+        for found, expected in zip(gathered(engine.cache, request), (keys, values), strict=True):
+            difference = (found - torch.stack(expected)).abs().amax(dim=(0, 2, 3))
+            wrong = np.flatnonzero(difference.numpy() > 1e-4)
+            assert not wrong.size, f"{request.id}: the cache differs from recomputation at positions {wrong.tolist()}"
+        seen += len(text)
+    return seen

@@ -1,0 +1,82 @@
+"""Building and choosing the native attention, with a compiler of our own making: nothing is compiled here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from steeple.errors import ConfigError
+from steeple.ops import native as native_module
+from steeple.ops.attention import ReferenceAttention
+from steeple.ops.native import attention_backend, build
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(native_module.SWITCH, raising=False)
+    native_module._load.cache_clear()
+    yield tmp_path / "cache" / "steeple"
+    native_module._load.cache_clear()
+
+
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\nfor last; do :; done\ncase "$*" in *-dM*) echo "$MACROS"; exit 0;; esac\n{body}\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{script} -some-flag")
+    return script
+
+
+def test_a_library_is_compiled_once_per_machine(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(tmp_path, monkeypatch, f'echo built >> {tmp_path}/log; echo "$@" > "$last"')
+    first = build().path
+    assert first is not None
+    assert "-some-flag" in first.read_text()
+    assert build().path == first
+    assert [p.name for p in cache.iterdir()] == [first.name]
+    monkeypatch.setenv("MACROS", "another processor")
+    assert build().path != first
+    assert (tmp_path / "log").read_text() == "built\nbuilt\n"
+
+
+def test_without_a_compiler_the_reference_serves_and_the_log_says_why_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(attention_backend("cpu"), ReferenceAttention)
+        assert isinstance(attention_backend("cpu"), ReferenceAttention)
+    assert len(caplog.records) == 1
+    assert "no C++ compiler" in caplog.text
+    with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
+        attention_backend("cpu", native=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"), [("echo boom >&2; exit 1", "boom"), ('echo x > "$last"', "invalid ELF|short")]
+)
+def test_a_failed_build_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, reason: str) -> None:
+    pretend(tmp_path, monkeypatch, body)
+    with pytest.raises(ConfigError, match=reason):
+        attention_backend("cpu", native=True)
+    assert isinstance(attention_backend("cpu"), ReferenceAttention)
+
+
+def test_the_environment_decides_what_the_caller_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/compiler")
+    monkeypatch.setenv(native_module.SWITCH, "1")
+    with pytest.raises(ConfigError):
+        attention_backend("cpu")
+    assert isinstance(attention_backend("cpu", native=False), ReferenceAttention)
+    monkeypatch.setenv(native_module.SWITCH, "0")
+    assert isinstance(attention_backend("cpu"), ReferenceAttention)
+
+
+def test_native_is_for_the_cpu() -> None:
+    assert isinstance(attention_backend("cuda"), ReferenceAttention)
+    with pytest.raises(ConfigError, match="cuda"):
+        attention_backend("cuda", native=True)
