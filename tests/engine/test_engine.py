@@ -12,6 +12,7 @@ from tiny import tiny_model
 
 from steeple.draft import drafter_config
 from steeple.engine import Engine, EngineConfig, build_engine, load_model
+from steeple.engine.judge import _logprobs
 from steeple.errors import CapacityError, InternalError, RequestError
 from steeple.plan.memory import plan_cache
 from steeple.request import FinishReason, Request
@@ -105,9 +106,7 @@ def test_logprobs_are_those_of_transformers_at_every_position(folder: Path, draf
             assert [v for _, v in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-def test_more_logprobs_than_tokens_give_all_of_them(tmp_path: Path) -> None:
-    from steeple.engine.judge import _logprobs
-
+def test_more_logprobs_than_tokens_give_all_of_them() -> None:
     entry = _logprobs(torch.zeros(1, 7), [3], 50)[0]
     assert len(entry.top) == 7
 
@@ -175,5 +174,5 @@ def test_memory_plan_says_what_is_missing() -> None:
     )
     with pytest.raises(CapacityError, match=r"kv_tokens = 500000 takes 48 MiB, 38 MiB more .* lower it to 104857"):
         plan_cache(available=10 << 20, bytes_per_token=100, block_size=10, max_context=9, wanted_tokens=500_000)
-    with pytest.raises(CapacityError, match="a cache block takes 1.6 MiB and 1.0 MiB are free; lower block_size"):
+    with pytest.raises(CapacityError, match=r"a cache block takes 1\.6 MiB and 1\.0 MiB are free; lower block_size"):
         plan_cache(available=1 << 20, bytes_per_token=100 << 10, block_size=16, max_context=9)

@@ -110,14 +110,14 @@ def _forget_the_residual(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Rejection, "_refuse", lambda self, request, law, token, row: None)
 
 
-def _say_chosen_though_drawn(patch: pytest.MonkeyPatch) -> None:
+def _declare_another_law(patch: pytest.MonkeyPatch) -> None:
     propose = SmallLM.propose
 
-    def chosen(self: SmallLM, *arguments: Any) -> Draft:
+    def flattened(self: SmallLM, *arguments: Any) -> Draft:
         draft = propose(self, *arguments)
-        return replace(draft, row=torch.full_like(draft.row, -1))
+        return draft if draft.probs is None else replace(draft, probs=(draft.probs.log() / 3).softmax(-1))
 
-    patch.setattr(SmallLM, "propose", chosen)
+    patch.setattr(SmallLM, "propose", flattened)
 
 
 def _ignore_penalties(patch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ DEFECTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "accept everything greedily": (_accept_all_greedy, "greedy"),
     "swap p and q": (_swap_p_and_q, "sampling"),
     "forget the residual": (_forget_the_residual, "sampling"),
-    "say chosen though drawn": (_say_chosen_though_drawn, "sampling"),
+    "declare another law than was drawn from": (_declare_another_law, "sampling"),
     "ignore the penalties of a path": (_ignore_penalties, "sampling"),
 }
 

@@ -6,7 +6,6 @@ moves the accepted path to its place (nothing moves for a chain) and drops the r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from steeple.cache.blocks import ROOT, BlockPool, block_name
 from steeple.config import ModelConfig
 from steeple.errors import InternalError
 from steeple.ops.attention import move_kv, write_kv
+from steeple.ops.memory import zeros
 from steeple.types import Batch, CacheSpec, KVView
 
 
@@ -34,7 +34,7 @@ class PagedCache:
     """Args: config: whose keys; blocks x block_size positions in all; dtype of the keys;
         write: ``write_kv`` of the attention in use.
 
-    Memory: ``blocks * block_size * spec.bytes_per_token``, reserved at once; on a CPU a page is touched when it is first written.
+    Memory: ``blocks * block_size * spec.bytes_per_token``, reserved at once; a CPU's pages are taken when written.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class PagedCache:
         self.block_size = block_size
         self.device = torch.device(device)
         shape = (config.num_layers, blocks, config.num_kv_heads, block_size, config.head_dim)
-        self.keys = _zeros(shape, dtype, self.device)
-        self.values = _zeros(shape, dtype, self.device)
+        self.keys = zeros(shape, dtype, self.device)
+        self.values = zeros(shape, dtype, self.device)
         self.spec = CacheSpec(config.kv_elements_per_token * dtype.itemsize, exact=True)
         self.pool = BlockPool(blocks)
         self._share, self._write = share_prefixes, write
@@ -163,11 +163,3 @@ class PagedCache:
         if idle and self._sequences:
             raise InternalError(f"requests {sorted(self._sequences)[:4]} still hold cache blocks")
         self.pool.check_integrity(s.blocks for s in self._sequences.values())
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, because attention may multiply what a masked row never wrote by zero; NaN would survive that."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # torch.zeros writes every page; the C library's calloc, which numpy uses, leaves that to the kernel.
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

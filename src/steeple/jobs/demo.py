@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from steeple.evidence.measure import Run, run_requests
 from steeple.config import check_range
 from steeple.draft import NO_DRAFTER, drafter_config
 from steeple.engine import Engine, EngineConfig, LoadedModel, build_engine, load_model
 from steeple.evidence.environment import environment
+from steeple.evidence.measure import Run, run_requests
 from steeple.evidence.progress import Progress, silent
 from steeple.evidence.prompts import PromptCutter, read_source
 from steeple.request import Request, SpeculationStats

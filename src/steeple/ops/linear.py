@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,10 +22,8 @@ from steeple.ops.native import library_path, torch_team
 MOST_ROWS = {torch.float32: 64, torch.bfloat16: 10}
 
 
-class LinearOperation(Protocol):
-    """``x [..., I]``, ``weight [O, I]``, ``bias [O]`` or None -> ``[..., O]``."""
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+# x [..., I], weight [O, I], bias [O] or None -> [..., O]
+LinearOperation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class NativeLinear:

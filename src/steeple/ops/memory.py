@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 
+import numpy as np
 import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20  # bytes, on x86-64 and most of arm64
+ALIGNMENT = 4096  # a vector load across two cache lines costs two
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """``torch.zeros``, on transparent huge pages where the system has them."""
-    out = torch.empty(shape, dtype=dtype, device=device)
-    if out.device.type == "cpu":
-        _advise_huge(out.data_ptr(), out.numel() * out.element_size())
-    return out.zero_()  # the first touch: only now the pages are chosen
+    """``torch.zeros``; on a CPU the memory is taken page by page as it is written, on huge pages if there are any.
+
+    The zeros matter: attention may multiply what a masked position never wrote by zero, and NaN would survive that.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks calloc, which leaves zeroing to the operating system; torch.zeros would write every page at once.
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+    if size == 0:
+        return torch.zeros(shape, dtype=dtype)
+    raw = raw[-raw.ctypes.data % ALIGNMENT :][:size]
+    _advise_huge(raw.ctypes.data, size)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 def _advise_huge(address: int, size: int) -> None:

@@ -37,9 +37,10 @@ CASES = {
         top_k=6,
         top_p=0.95,
         min_p=0.01,
-        repetition_penalty=1.2,
-        presence_penalty=0.3,
-        frequency_penalty=0.2,
+        repetition_penalty=1.1,
+        # Negative: they favour what was just written, so that a token counted wrongly shows.
+        presence_penalty=-2.0,
+        frequency_penalty=-1.0,
     ),
 }
 
