@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from steeple import __version__
+from steeple.cli import demo as demo_command
 from steeple.cli import generate as generate_command
 from steeple.cli import main
+from steeple.cli import verify as verify_command
 from steeple.cli.app import COMMANDS, TRAIN
 from steeple.jobs import GenerateConfig, JobInterrupted, Progress
 
@@ -146,3 +148,58 @@ def test_the_bar_reads_the_engine_while_a_request_runs(capsys: pytest.CaptureFix
     assert column.render(task).plain.endswith("tokens/s  tau 2.50  2 errors")
     stats.committed = 10**9
     assert not column.render(task).plain.startswith("0 ")
+
+
+def test_demo_shows_the_same_tokens_from_every_drafter(
+    target_folder: Path, draft_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", str(target_folder), "--drafters", f"ngram,small_lm:{draft_folder}", "--batch", "1,2")
+    assert steeple("demo", *arguments, "--requests", "2", "--context", "24", "--max-tokens", "12", "--json", "-") == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert [(row["batch"], row["drafter"].split(":")[0]) for row in result["rows"]] == [
+        (batch, drafter) for batch in (1, 2) for drafter in ("none", "ngram", "small_lm")
+    ]
+    assert all(row["identical"] for row in result["rows"])
+    assert "speed-up" in captured.err
+    assert "All outputs are identical" in captured.err
+
+
+def test_a_demo_with_different_tokens_is_status_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"batch": 1, "drafter": "ngram", "tokens_per_second": 2.0, "speed_up": 1.5, "tau": 1.0}
+    row |= {"acceptance_by_position": [], "identical": False}
+    result = {"rows": [row], "identical": False, "examples": [{"prompt": "p", "text": "[t]"}], "dtype": "float32"}
+    monkeypatch.setattr(demo_command, "run_demo", lambda config, progress: result)
+    assert steeple("demo") == 1
+    error = capsys.readouterr().err
+    assert "OUTPUTS DIFFER" in error
+    assert "p[t]" in error
+
+
+@pytest.mark.parametrize(("lossless", "status", "word"), [(True, 0, "lossless"), (False, 1, "NOT lossless")])
+def test_verify_ends_with_the_verdict(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, lossless: bool, status: int, word: str
+) -> None:
+    greedy = {"requests": 4, "identical": 3, "oracle_identical": None, "worst_gap": 0.5}
+    sampling = {"samples": 100, "tv": 0.1, "tv_noise": 0.2, "p_value": 0.3}
+    proof = {"greedy": greedy, "sampling": sampling, "lossless": lossless}
+    result = {"drafters": {"ngram": proof}, "lossless": lossless}
+    monkeypatch.setattr(verify_command, "run_proof", lambda config, progress: result)
+    assert steeple("verify", "--drafter", "ngram", "--json", "-") == status
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == result
+    assert "3 of 4" in captured.err
+    assert captured.err.splitlines()[-1] == word
+
+
+def test_the_list_of_commands_imports_none_of_them() -> None:
+    """What a command needs is heavy; listing them must stay quick."""
+    import subprocess
+    import sys
+
+    code = "import sys; from steeple.cli import main; before = set(sys.modules)\ntry:\n    main(['--help'])\n"
+    code += "except SystemExit:\n    pass\nprint([m for m in set(sys.modules) - before if 'steeple' in m])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

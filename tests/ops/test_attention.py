@@ -173,8 +173,6 @@ def machines() -> list[tuple[str, ...]]:
     has_avx2 = platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     if has_avx2:
         known.append(("-mavx2", "-mfma"))
-    if has_avx2 and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        known.append(("-mavx512f", "-mfma"))
     return known
 
 

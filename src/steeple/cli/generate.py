@@ -37,7 +37,8 @@ class LiveColumn(ProgressColumn):
 def run(config: GenerateConfig, shell: Shell) -> dict[str, Any]:
     """Run the job and show it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), LiveColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=shell.console, disable=not shell.console.is_terminal) as bar:
+    # few refreshes: they take their time from the same cores that generate
+    with Bar(*columns, console=shell.console, disable=not shell.console.is_terminal, refresh_per_second=2) as bar:
         task = bar.add_task("generating", total=None)
 
         def tell(progress: Progress) -> None:

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def steps(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Yields the callback ``(what, done, total)``. Off a terminal nothing is shown."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    # few refreshes: they take their time from the same cores that are measured
+    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=1) as bar:
         task = bar.add_task("", total=None)
 
         def show(what: str, done: int, total: int) -> None:
