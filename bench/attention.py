@@ -3,8 +3,8 @@
     python bench/attention.py --contexts 1024 4096 --rows 1 5 9 > attention.json
 
 Every case reads other layers in turn, more than the processor caches hold. Times are medians and minima over single
-calls; ``gb_per_s`` is bytes of keys and values over the median. ``read`` is the sum of the same bytes as int64: what the
-machine streams with the same threads.
+calls; ``gb_per_s`` is bytes of keys and values over the median. ``read`` is the sum of the same bytes as int64: what
+the machine streams with the same threads.
 """
 
 from __future__ import annotations

@@ -31,7 +31,10 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_list_of_commands_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_of_commands_and_the_version(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert steeple("--help") == 0
     text = capsys.readouterr().out
     for name, (_, help_) in COMMANDS.items():

@@ -34,7 +34,7 @@ def a_decoder(seed: int = 0, vocab: int = V) -> Decoder:
         num_kv_heads=1,
         head_dim=4,
         intermediate_size=16,
-        max_context=64,
+        max_context=128,
         rope_inv_freq=(1.0, 0.1),
     )
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +107,7 @@ KINDS = [
 @pytest.mark.parametrize("step_tokens", [1, 3, 64])
 def test_laws_stay_right_through_rejections_pauses_and_full_acceptance(step_tokens: int) -> None:
     small = a_decoder()
-    drafter = a_drafter(small, step_tokens=step_tokens)
+    drafter = a_drafter(small, blocks=300, step_tokens=step_tokens)
     numbers = np.random.default_rng(3)
     requests = [Request(f"r{i}", [1, 2, 3, 4, 5, 6, 7][: 1 + 2 * i], KINDS[i]) for i in range(4)]
     for turn in range(14):

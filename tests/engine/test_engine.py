@@ -11,9 +11,12 @@ import transformers
 from tiny import tiny_model
 
 from steeple.draft import drafter_config
+from steeple.draft.base import DrafterConfig
+from steeple.draft.ngram import NGramConfig
+from steeple.draft.small_lm import SmallLMConfig
 from steeple.engine import Engine, EngineConfig, build_engine, load_model
 from steeple.engine.judge import _logprobs
-from steeple.errors import CapacityError, InternalError, RequestError
+from steeple.errors import CapacityError, ConfigError, InternalError, RequestError
 from steeple.plan.memory import plan_cache
 from steeple.request import FinishReason, Request
 from steeple.types import SamplingParams
@@ -26,9 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("engine") / "model", context=64)
 
 
-def an_engine(folder: Path, drafter: str = "none", **settings: object) -> Engine:
+def an_engine(folder: Path, drafter: str | DrafterConfig = "none", **settings: object) -> Engine:
     config = EngineConfig(**{"kv_tokens": 512, **settings})
-    return build_engine(load_model(str(folder), config), config, drafter_config(drafter))
+    method = drafter_config(drafter) if isinstance(drafter, str) else drafter
+    return build_engine(load_model(str(folder), config), config, method)
 
 
 def finish(engine: Engine, *requests: Request) -> None:
@@ -82,7 +86,8 @@ def test_the_context_ends_a_request(folder: Path) -> None:
 
 @pytest.mark.parametrize("drafter", ["none", "ngram", "self"])
 def test_logprobs_are_those_of_transformers_at_every_position(folder: Path, drafter: str) -> None:
-    engine = an_engine(folder, f"small_lm:{folder}" if drafter == "self" else drafter, step_tokens=3)
+    methods = {"none": "none", "ngram": NGramConfig(min_match=1), "self": SmallLMConfig(model=str(folder))}
+    engine = an_engine(folder, methods[drafter], step_tokens=3)
     loop = [3, 4, 5, 6] * 4
     requests = [
         Request("greedy", loop, SamplingParams(max_tokens=12, logprobs=4, ignore_eos=True)),
@@ -91,7 +96,8 @@ def test_logprobs_are_those_of_transformers_at_every_position(folder: Path, draf
         Request("far", PROMPT, SamplingParams(max_tokens=9, logprobs=100, frequency_penalty=1.0, ignore_eos=True)),
     ]
     finish(engine, *requests)
-    assert drafter == "none" or engine.stats.speculation.accepted > 0, "nothing was accepted, nothing was shown"
+    assert (engine.stats.speculation.drafted > 0) == (drafter != "none")
+    assert (engine.stats.speculation.accepted > 10) == (drafter == "self"), "something must be accepted to be shown"
     model = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
     assert requests[1].logprobs == []
     for request in (requests[0], *requests[2:]):
@@ -150,6 +156,12 @@ def test_a_failed_forward_leaves_everything_as_it_was(folder: Path, monkeypatch:
             engine.step()
         assert request.output.tolist() == expected.output.tolist()
         engine.check_integrity()
+
+
+def test_a_loaded_model_runs_only_in_its_own_dtype(folder: Path) -> None:
+    target = load_model(str(folder), EngineConfig())
+    with pytest.raises(ConfigError, match=r"dtype = 'bfloat16', but the model was loaded in float32"):
+        build_engine(target, EngineConfig(dtype="bfloat16"))
 
 
 def test_integrity_is_checked_only_when_idle(folder: Path) -> None:

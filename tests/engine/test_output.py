@@ -31,7 +31,7 @@ def feed(stream: TextStream, tokens: Sequence[int]) -> list[tuple[str, int]]:
 def test_pieces_add_up_to_the_decoded_text(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     text = "for x in größe:\n    print('日本 🎉', x)\n"
     tokens = tokenizer.encode(text)
-    assert len(tokens) > len(text), "characters must span tokens"
+    assert sum("\ufffd" in tokenizer.decode([t]) for t in tokens) >= 8, "characters must span tokens"
     stream = TextStream(tokenizer, ())
     seen = feed(stream, tokens)
     assert stream.text == text

@@ -55,7 +55,11 @@ def test_output_has_the_order_of_the_input(output: Path) -> None:
 
 
 def test_a_finished_request_survives_and_an_error_is_tried_again(output: Path) -> None:
-    begin(output, [(B, record(B)), (A, record(A, reason="error"))])
+    with Journal(output, SETTINGS) as journal:
+        journal.begin()
+        journal.append(B, record(B))
+        journal.append(A, record(A, reason="error"))
+        assert journal.kept == 1
     with Journal(output, SETTINGS) as journal:
         assert (journal.has(A), journal.has(B), journal.has(C)) == (False, True, False)
         assert journal.kept == 1
@@ -70,6 +74,9 @@ def test_a_torn_last_line_is_cut_off(output: Path) -> None:
         assert (journal.has(A), journal.has(B)) == (True, False)
         journal.begin()
         journal.append(B, record(B, "again"))
+    with Journal(output, SETTINGS) as journal:
+        assert (journal.has(A), journal.has(B)) == (True, True)
+        journal.begin()
         journal.publish(order(A, B))
     assert texts(output) == ["text", "again"]
 

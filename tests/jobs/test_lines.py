@@ -47,7 +47,7 @@ def test_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
 def test_a_line_wins_over_the_defaults(tmp_path: Path) -> None:
     a, b, c = parse(
         tmp_path,
-        {"prompt": "a", "id": 7, "max_tokens": 3, "stop": ["x", "y"], "seed": None},
+        {"prompt": "a", "id": 7, "max_tokens": 3, "stop": ["x", "y"], "top_p": None},
         {"prompt": [1, 2], "id": "b", "temperature": 0, "logprobs": 0},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]},
     )

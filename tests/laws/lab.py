@@ -17,6 +17,7 @@ from steeple.draft.ngram import NGramConfig
 from steeple.draft.small_lm import SmallLM, SmallLMConfig
 from steeple.engine.engine import Engine, EngineParts
 from steeple.model.decoder import Decoder
+from steeple.ops.attention import PagedAttention
 from steeple.ops.native import attention_backend
 from steeple.request import Request
 from steeple.types import SamplingParams
@@ -107,7 +108,7 @@ def make_engine(
     k: int = 4,
     batch_size: int = 256,
     step_tokens: int = 512,
-    attention: object = None,
+    attention: PagedAttention | None = None,
     tokenizer: object = None,
 ) -> Engine:
     """An engine of one cell of the matrix. Every proposal of its drafter is checked."""
@@ -133,6 +134,7 @@ def make_engine(
         block_size=cache.block_size,
         dtype=torch.float32,
         share_prefixes=cache.share,
+        write=attention.write_kv,
     )
     return Engine(
         EngineParts(

@@ -17,6 +17,7 @@ from checks import check_cache_of, check_commits, check_greedy, check_law
 from forests import check_draft
 from lab import CACHES
 
+import steeple.engine.judge
 import steeple.types
 from steeple.cache.paged import PagedCache
 from steeple.engine.engine import Engine
@@ -56,18 +57,18 @@ DROP_FIRST = Defect(
     Engine, "_commit", "written = self._write(request, tokens)", "written = self._write(request, tokens[1:] or tokens)"
 )
 SAME_NODE = Defect(Rejection, "accept", "node - self._first[request]", "0")
-SAME_ROUND = Defect(Rejection, "accept", "self._counter[request]", "self._counter[request] * 0")
+SAME_ROUND = Defect(steeple.engine.judge, "verify", "owner_R), seed, counter)", "owner_R), seed, counter * 0)")
 TRIM = Defect(PagedCache, "commit", "if node != depth:", "if False:")
 CU_OF_JUDGE = Defect(Judge, "_on_host", "node - base[b]", "node - base[b] - 1")
 CU_OF_CONCAT = Defect(steeple.types, "concat_drafts", "cu[places] - own_cu[:-1]", "cu[places] - own_cu[:-1] - 1")
 
 
 def law_of_trees() -> None:
-    check_law("drawn_tree")
+    check_law("drawn_tree", ("temperature",))
 
 
 def law_of_chains() -> None:
-    check_law("small_lm")
+    check_law("small_lm", ("temperature",))
 
 
 def greedy_trees() -> None:
@@ -100,8 +101,8 @@ CASES: list[tuple[str, Defect, tuple[Callable[[], None], ...]]] = [
     ("swap p and q", SWAP, (law_of_trees, law_of_chains)),
     ("swap p and q in the residual", SWAP_RESIDUAL, (law_of_trees, law_of_chains)),
     ("drop the first token", DROP_FIRST, (greedy_trees, greedy_chains, law_of_chains)),
-    ("one number for all nodes", SAME_NODE, (law_of_trees,)),
-    ("one number for all rounds", SAME_ROUND, (law_of_trees,)),
+    ("reseed in the loop: one number for all nodes", SAME_NODE, (law_of_trees, law_of_chains)),
+    ("reseed in the loop: one number for all rounds", SAME_ROUND, (law_of_trees, law_of_chains)),
     ("trim instead of commit", TRIM, (greedy_trees, commits_of_trees, cache_of_trees)),
     ("off by one in the judge's cu", CU_OF_JUDGE, (greedy_trees, commits_of_trees)),
     ("off by one in the forest's cu", CU_OF_CONCAT, (forests_of_two,)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,15 @@ def test_bfloat16_load(case: str, tmp_path: Path) -> None:
     assert (ours - exact).pow(2).mean().sqrt() <= 1.5 * (theirs - exact).pow(2).mean().sqrt()
 
 
+def test_a_bfloat16_checkpoint_is_widened_before_anything_is_added(tmp_path: Path) -> None:
+    published("gemma2").to(torch.bfloat16).save_pretrained(tmp_path)
+    model = transformers.Gemma2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    texts = sequences(SHAPE["vocab_size"], (9, 12))
+    expected = published_logits(model, texts)
+    found = ragged_logits(load_decoder(tmp_path, dtype=torch.float32), texts)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 def test_tied_weights_are_one_tensor_and_nothing_trains(tmp_path: Path) -> None:
     decoder = loaded(published("llama-mha-tied"), tmp_path)
     assert decoder.head.weight is decoder.embed.weight
@@ -215,6 +225,15 @@ def test_contradictions_of_the_configuration(changes: dict[str, object], message
         config.__dict__[name] = value  # past the validation of transformers, which other versions lack
     with pytest.raises(ModelError, match=message):
         model_config(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"windows": "some"}, "windows = 'some' is unknown"), ({"qk_norm": True}, "interleaved_rope with qk_norm")],
+)
+def test_a_family_that_cannot_be(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(FAMILIES["glm"], **changes)
 
 
 @pytest.mark.parametrize("case", CASES)

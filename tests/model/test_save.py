@@ -9,7 +9,7 @@ import torch
 import transformers
 from tiny_models import tiny
 
-from steeple.errors import ModelError, StorageError, WeightError
+from steeple.errors import ModelError, StorageError
 from steeple.hf import load_hf_config
 from steeple.model import load_decoder, save_decoder
 
@@ -65,12 +65,13 @@ def test_an_interrupted_save_leaves_the_old_model(llama_folder: Path, monkeypatc
     assert not list(llama_folder.glob(".saving*"))
 
 
-def test_an_interrupted_move_of_shards_never_loads_as_a_mixture(
-    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shard_bytes", [60_000, 1 << 30])
+def test_an_interrupted_move_never_loads_as_a_mixture(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
 ) -> None:
     decoder = load_decoder(llama_folder, dtype=torch.float32)
     config = load_hf_config(llama_folder)
-    save_decoder(decoder, llama_folder, config, max_shard_bytes=60_000)
+    save_decoder(decoder, llama_folder, config, max_shard_bytes=shard_bytes)
     original, moved = Path.replace, []
 
     def replace(self: Path, target: Path) -> Path:
@@ -81,8 +82,8 @@ def test_an_interrupted_move_of_shards_never_loads_as_a_mixture(
 
     monkeypatch.setattr(Path, "replace", replace)
     with pytest.raises(StorageError, match="Input/output error"):
-        save_decoder(decoder, llama_folder, config, max_shard_bytes=60_000)
-    with pytest.raises(WeightError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        save_decoder(decoder, llama_folder, config, max_shard_bytes=shard_bytes)
+    with pytest.raises(ModelError, match=r"config\.json does not exist"):
         load_decoder(llama_folder, dtype=torch.float32)
 
 

@@ -17,7 +17,7 @@ def near_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "model.safetensors"
     generator = torch.Generator().manual_seed(7)
     weights = {
-        name: value + 0.06 * torch.randn(value.shape, generator=generator) for name, value in load_file(path).items()
+        name: value + 0.01 * torch.randn(value.shape, generator=generator) for name, value in load_file(path).items()
     }
     save_file(weights, path, metadata={"format": "pt"})
     return folder

@@ -13,6 +13,7 @@ from steeple.cache.paged import PagedCache
 from steeple.draft.base import Drafter, DrafterConfig, Surroundings
 from steeple.engine.config import EngineConfig
 from steeple.engine.engine import Engine, EngineParts
+from steeple.errors import ConfigError
 from steeple.hardware import available_memory, pick_device
 from steeple.model.decoder import Decoder
 from steeple.model.load import load_decoder
@@ -56,6 +57,9 @@ def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConf
     """An engine for ``target``, with caches of its own."""
     shape = target.decoder.config
     dtype = getattr(torch, config.dtype)
+    if target.decoder.dtype != dtype:
+        loaded = str(target.decoder.dtype).removeprefix("torch.")
+        raise ConfigError(f"EngineConfig.dtype = {config.dtype!r}, but the model was loaded in {loaded}; give that.")
     max_context = min(config.max_context or shape.max_context, shape.max_context)
     built: Drafter | None = None
     if drafter is not None:

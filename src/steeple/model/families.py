@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from steeple.config import ModelConfig
-from steeple.errors import ModelError, UnsupportedModel
+from steeple.errors import ConfigError, ModelError, UnsupportedModel
 from steeple.model.rope import rope
 
 TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -76,6 +76,12 @@ class Family:
     attention_scalar: str = ""
     attention_softcap: str = ""
     logit_softcap: str = ""
+
+    def __post_init__(self) -> None:
+        if self.windows not in ("none", "all", "layers"):
+            raise ConfigError(f"Family.windows = {self.windows!r} is unknown; give none, all or layers.")
+        if self.interleaved_rope and self.qk_norm:
+            raise ConfigError("Family.interleaved_rope with qk_norm is not possible: the norms' weights stay in place.")
 
 
 LLAMA = Family(

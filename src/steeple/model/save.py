@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from steeple.errors import ModelError, StorageError
-from steeple.hf import INDEX, WEIGHTS
+from steeple.hf import INDEX
 from steeple.model.decoder import Decoder
 from steeple.model.families import Family, family_of, model_config, norm_offset, pieces, row_order
 
@@ -96,16 +96,15 @@ def _check_same_shape(decoder: Decoder, hf_config: PretrainedConfig) -> None:
 
 
 def _move(staged: Path, folder: Path) -> None:
-    """Replace the model in ``folder``. While several shards move there is no index, so that no mixture loads."""
-    weights = sorted(staged.glob("*.safetensors"))
-    stale = {path.name for path in folder.glob("model*.safetensors")} - {path.name for path in weights}
-    (folder / INDEX).unlink(missing_ok=True)
-    if not (staged / WEIGHTS).exists():
-        (folder / WEIGHTS).unlink(missing_ok=True)
-    mode = (staged / "config.json").stat().st_mode  # safetensors are written for their owner's eyes only
-    for path in (*weights, staged / "config.json", staged / INDEX):
-        if path.exists():
-            path.chmod(mode)
-            path.replace(folder / path.name)
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
+    """Replace the model in ``folder``. config.json goes first and comes last, so that no mixture ever loads."""
+    config = folder / "config.json"
+    config.unlink(missing_ok=True)
+    new = sorted(path for path in staged.iterdir() if path.name != config.name)
+    names = {path.name for path in new}
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+        if old.name not in names:
+            old.unlink(missing_ok=True)
+    mode = (staged / config.name).stat().st_mode  # safetensors are written for their owner's eyes only
+    for path in (*new, staged / config.name):
+        path.chmod(mode)
+        path.replace(folder / path.name)

@@ -36,8 +36,9 @@ A Llama-family model of {parameters:,} parameters ({body_parameters:,} in its la
 **Intended use.** Demos and tests of speculative decoding: a real, if small, law over text that everybody can load
 without a download. It is no code generator: it writes text that looks like Python and means little.
 
-**Data.** {data} About one file in twenty is held out and one in a hundred only validates, by the sha256 of its path
-(`steeple.train.data`). The weights are under Apache-2.0.
+**Data.** {data}
+About one file in twenty is held out and one in a hundred only validates, by the sha256 of its path (see
+`steeple.train.data`). The weights are under Apache-2.0.
 
 **Recipe.** Byte-level BPE. Plain next-token cross-entropy, Muon on the matrices of the layers, AdamW on the rest, a
 warm-up, a constant rate, linear decay to zero over the last {decay_percent:.0f} % of the steps. Windows of {windows}
@@ -59,8 +60,8 @@ Losses are nats per token. `training.json` has the settings and the curve.
 """
 
 STDLIB = (
-    "The `.py` files of the standard library of CPython {python} (PSF licence), without `encodings/`, "
-    "installed packages, files above 300 kB (`pydoc_data/topics.py` stays) and files that are not UTF-8."
+    "The `.py` files of the standard library of CPython {python} (PSF licence), without `encodings/`, installed\n"
+    "packages, files above 300 kB (`pydoc_data/topics.py` stays) and files that are not UTF-8."
 )
 
 
@@ -130,7 +131,7 @@ def command(config: LMConfig) -> str:
         if isinstance(value, bool):
             parts.append(flag if value else flag.replace("--", "--no-"))
         else:
-            parts.extend(f"{flag} {v}" for v in (value if isinstance(value, tuple) else (value,)))
+            parts.append(f"{flag} {','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return " ".join(parts)
 
 
@@ -144,7 +145,8 @@ def hardware(device: torch.device) -> str:
 def card(record: dict[str, Any]) -> str:
     """The model card of a training record, in Markdown."""
     settings = record["settings"]
-    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in record["losses"].items()]
+    split_lengths = ((name.rsplit("_loss_", 1), value) for name, value in record["losses"].items())
+    rows = [f"| {split.replace('_', '-')} loss, windows of {n} | {value} |" for (split, n), value in split_lengths]
     return CARD.format(
         **record["shape"],
         **{k: record[k] for k in ("parameters", "body_parameters", "data", "tokens", "steps", "hardware", "command")},
