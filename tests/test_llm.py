@@ -102,14 +102,21 @@ def test_n_outputs_differ_and_repeat_with_their_seed(plain: LLM) -> None:
 def test_stop_strings_and_stop_ids_end_an_output(drafted: LLM) -> None:
     whole = drafted.generate(PROMPTS[:1], SamplingParams(max_tokens=30, ignore_eos=True))[0]
     text = whole.text
-    # A stop string over the border of two tokens, found where it first stands.
-    cut = next(i for i in range(4, len(text)) if "\ufffd" not in text[i : i + 2] and len(text[i : i + 2]) == 2)
-    stop = text[cut : cut + 2]
-    output = drafted.generate(PROMPTS[:1], SamplingParams(max_tokens=30, ignore_eos=True, stop=(stop,)))[0]
+    # A stop string over the border of two tokens: its first character must not be shown before the second is known.
+    texts = [drafted.tokenizer.decode(whole.token_ids[:i]) for i in range(2, 31)]
+    before, after = next(
+        (a, b)
+        for a, b in itertools.pairwise(texts)
+        if b.startswith(a) and "\ufffd" not in a[-1] + b[len(a) : len(a) + 1]
+    )
+    stop = before[-1] + after[len(before)]
+    params = SamplingParams(max_tokens=30, ignore_eos=True, stop=(stop,))
+    output = drafted.generate(PROMPTS[:1], params)[0]
     assert output.text == text[: text.index(stop)]
     assert output.outputs[0].finish_reason == "stop"
     assert output.token_ids == whole.token_ids[: len(output.token_ids)]
     assert len(output.token_ids) < len(whole.token_ids)
+    assert "".join(event.text for event in drafted.stream(PROMPTS[:1], params)) == output.text
     token = whole.token_ids[6]
     output = drafted.generate(PROMPTS[:1], SamplingParams(max_tokens=30, ignore_eos=True, stop_token_ids=(token,)))[0]
     first = whole.token_ids.index(token)

@@ -125,9 +125,7 @@ def test_a_drafter_that_changes_tokens_is_called_not_identical(
     assert rows[2]["smallest_gap"] > 0.0
 
 
-def test_impossible_benches_are_refused_before_they_run(
-    config: BenchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_impossible_benches_are_refused_before_they_run(config: BenchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="exceed the model's context of 256"):
         run_bench(replace(config, context=(250,)))
     with pytest.raises(ConfigError, match="Did you mean 'ngram'"):
@@ -159,5 +157,3 @@ def test_the_bars_are_the_multipliers(result: dict[str, Any]) -> None:
 def test_charts_are_written_where_the_settings_say(config: BenchConfig, tmp_path: Path) -> None:
     run_bench(replace(config, drafters=("ngram",), repeat=1, plots=str(tmp_path / "charts")))
     assert (tmp_path / "charts" / "speedup.svg").exists()
-
-

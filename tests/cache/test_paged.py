@@ -131,6 +131,15 @@ def test_a_text_that_ended_early_names_no_block_beyond_its_end() -> None:
     assert cache.attach("b", TEXT) == 0
 
 
+def test_positions_beyond_the_text_get_their_names_when_the_text_has_come() -> None:
+    """A drafter's cache holds nodes as rows of text that is not committed yet."""
+    cache = a_cache()
+    cache.attach("a", TEXT)
+    cache.commit(stage(cache, "a", 0, 6), [()], [TEXT[:3]])
+    cache.commit(stage(cache, "a", 3, 9), [()], [TEXT[:10]])
+    assert cache.attach("b", TEXT) == 8
+
+
 def test_freed_blocks_are_found_until_they_are_needed() -> None:
     cache = a_cache(blocks=3)
     cache.attach("a", TEXT)

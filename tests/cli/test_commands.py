@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 
 from steeple import __version__
+from steeple.cli import convert as convert_command
 from steeple.cli import demo as demo_command
 from steeple.cli import generate as generate_command
 from steeple.cli import main
+from steeple.cli import train as train_command
 from steeple.cli import verify as verify_command
 from steeple.cli.app import COMMANDS, TRAIN
+from steeple.convert import ConvertConfig
 from steeple.jobs import GenerateConfig, JobInterrupted, Progress
+from steeple.train.lm import LMConfig
 
 
 def steeple(*args: str) -> int:
@@ -197,12 +201,41 @@ def test_verify_ends_with_the_verdict(
     assert captured.err.splitlines()[-1] == word
 
 
+def test_convert_takes_source_and_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(config: ConvertConfig) -> dict[str, Any]:
+        assert config == ConvertConfig(source="a.bin", out="folder", tokenizer="tok.bin", context=512)
+        facts = {"out": config.out, "format": "llama2.c v0", "dtype": "float32", "parameters": 260_032}
+        return {**facts, "layers": 5, "vocab_size": 512, "context": 512}
+
+    monkeypatch.setattr(convert_command, "convert", convert)
+    assert steeple("convert", "a.bin", "folder", "--tokenizer", "tok.bin", "--context", "512") == 0
+    assert "folder: 260,032 parameters in float32, 5 layers" in capsys.readouterr().err
+
+
+def test_train_takes_a_file_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tmp_path / "recipe.toml"
+    settings.write_text(
+        'shape = "tiny"\nout = "model"\nseq_lens = [64, 128]\nshares = [0.5, 0.5]\nbatch_tokens = 256\n'
+    )
+    got: list[LMConfig] = []
+
+    def train(config: LMConfig) -> dict[str, Any]:
+        got.append(config)
+        return {}
+
+    monkeypatch.setattr(train_command, "train", train)
+    assert steeple("train", "lm", "--config", str(settings), "--run", "run", "--shares", "0.75,0.25") == 0
+    expected = {"shape": "tiny", "seq_lens": (64, 128), "shares": (0.75, 0.25), "batch_tokens": 256}
+    assert got == [LMConfig(out=Path("model"), run=Path("run"), **expected)]
+
+
 def test_the_list_of_commands_imports_none_of_them() -> None:
     """What a command needs is heavy; listing them must stay quick."""
     import subprocess
     import sys
 
-    code = "import sys; from steeple.cli import main; before = set(sys.modules)\ntry:\n    main(['--help'])\n"
-    code += "except SystemExit:\n    pass\nprint([m for m in set(sys.modules) - before if 'steeple' in m])"
+    code = "import sys; from steeple.cli import main\ntry:\n    main(['--help'])\n"
+    code += "except SystemExit:\n    pass\n"
+    code += "print([m for m in sys.modules if m.startswith(('steeple.cli.', 'steeple.jobs'))])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.splitlines()[-1] == "['steeple.cli.app']"

@@ -118,8 +118,9 @@ def test_laws_stay_right_through_rejections_pauses_and_full_acceptance(step_toke
         for b, request in enumerate(requests):
             own = draft.tokens[draft.cu[b] : draft.cu[b + 1]].tolist()
             accepted = len(own) if turn % 3 == 0 else int(numbers.integers(len(own) + 1))
-            last = int(numbers.integers(V))
-            request.append([*own[:accepted], last])
+            # The recovered token, and what rounds without this drafter wrote.
+            rest = numbers.integers(V, size=int(numbers.integers(1, 4)))
+            request.append([*own[:accepted], *rest.tolist()])
         if turn == 8:
             drafter.forget(requests[1])  # as after a preemption
     for request in requests:
@@ -186,4 +187,11 @@ def test_tokenizers_must_be_the_same(tmp_path: object, target_folder: object) ->
     tokenizer.save_pretrained(folder)
     place = around(a_decoder(), folder=target_folder, tokenizer=load_tokenizer(target_folder))
     with pytest.raises(TokenizerMismatch, match=r"is None in the target .* and 'another' in the drafter"):
+        SmallLMConfig(model=str(folder)).build(place)
+
+
+def test_a_shorter_context_than_the_targets_is_refused(tmp_path: object, target_folder: object) -> None:
+    folder = tiny_model(tmp_path / "small", layers=1, context=100)
+    place = around(a_decoder(), tokenizer=load_tokenizer(target_folder))
+    with pytest.raises(ConfigError, match=r"drafter small_lm, model .*small: max_context = 128 .* 1 to 100\. Lower"):
         SmallLMConfig(model=str(folder)).build(place)

@@ -12,7 +12,6 @@ from tiny import tiny_model
 
 from steeple.draft import drafter_config
 from steeple.draft.base import DrafterConfig
-from steeple.draft.ngram import NGramConfig
 from steeple.draft.small_lm import SmallLMConfig
 from steeple.engine import Engine, EngineConfig, build_engine, load_model
 from steeple.engine.judge import _logprobs
@@ -84,9 +83,9 @@ def test_the_context_ends_a_request(folder: Path) -> None:
         assert request.finish_reason is FinishReason.LENGTH
 
 
-@pytest.mark.parametrize("drafter", ["none", "ngram", "self"])
+@pytest.mark.parametrize("drafter", ["none", "self"])
 def test_logprobs_are_those_of_transformers_at_every_position(folder: Path, drafter: str) -> None:
-    methods = {"none": "none", "ngram": NGramConfig(min_match=1), "self": SmallLMConfig(model=str(folder))}
+    methods = {"none": "none", "self": SmallLMConfig(model=str(folder))}
     engine = an_engine(folder, methods[drafter], step_tokens=3)
     loop = [3, 4, 5, 6] * 4
     requests = [
@@ -96,7 +95,6 @@ def test_logprobs_are_those_of_transformers_at_every_position(folder: Path, draf
         Request("far", PROMPT, SamplingParams(max_tokens=9, logprobs=100, frequency_penalty=1.0, ignore_eos=True)),
     ]
     finish(engine, *requests)
-    assert (engine.stats.speculation.drafted > 0) == (drafter != "none")
     assert (engine.stats.speculation.accepted > 10) == (drafter == "self"), "something must be accepted to be shown"
     model = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
     assert requests[1].logprobs == []

@@ -81,6 +81,14 @@ def test_text_ends_before_the_first_stop_string(
     assert stream.safe_length() == len(before)
 
 
+def test_the_earliest_of_two_stop_strings_in_one_token_counts(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    token = next(t for t in range(len(tokenizer) - 1, 0, -1) if len(set(tokenizer.decode([t]))) >= 3)
+    first, second = tokenizer.decode([token])[1:3]
+    stream = TextStream(tokenizer, (second, first))
+    assert stream.push(token)
+    assert stream.text == tokenizer.decode([token])[0]
+
+
 def test_only_what_may_become_a_stop_string_is_held_back(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     stream = TextStream(tokenizer, ("xyz",))
     seen = feed(stream, [tokenizer.encode(c)[0] for c in "axyaxy"])

@@ -150,7 +150,7 @@ def test_admission_leaves_the_others_a_block_to_grow() -> None:
     desk = Desk(blocks=8, nodes=0)
     desk.add("a", 4, 8)
     assert desk.step() == {"a": (4, 0)}
-    desk.add("b", 12, 2)  # 6 blocks, exactly what is free
+    desk.add("b", 10, 2)  # 5 blocks, exactly what is free once a has its third
     assert desk.step().keys() == {"a"}
     desk.scheduler.remove(desk.scheduler.running[0])
     assert desk.step().keys() == {"b"}

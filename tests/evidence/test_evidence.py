@@ -6,11 +6,13 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from steeple.draft import drafter_config
+from steeple.draft.small_lm import SmallLM
 from steeple.engine import EngineConfig, LoadedModel, build_engine, load_model
 from steeple.errors import ConfigError
 from steeple.evidence.environment import environment, revision
@@ -67,6 +69,17 @@ def test_a_perfect_drafter_is_counted_as_perfect(target: LoadedModel, target_fol
     timing = run.timing
     # 1 from the prompt, 4 in the first round, then 9, 13 and 16: the last round had room for 2 nodes only.
     assert (timing.rounds, timing.committed, timing.accepted) == (2, 24, [6, 6, 6])
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_prompts_are_computed_anew_in_every_repeat(target: LoadedModel, target_folder: Path, share: bool) -> None:
+    """Neither the target's cache nor the drafter's remembers a prompt where prefixes are not shared."""
+    config = drafter_config(f"small_lm:{target_folder}", k=3)
+    engine = build_engine(target, EngineConfig(kv_tokens=512, share_prefixes=share), config)
+    run_requests(engine, _requests(12))
+    assert isinstance(engine.drafter, SmallLM)
+    for cache in (engine.cache, engine.drafter.cache):
+        assert (cache.attach("again", np.array(TEXTS[0])) > 0) == share
 
 
 def test_requests_that_never_decode_together_are_refused(target: LoadedModel) -> None:

@@ -174,6 +174,7 @@ def run(engine: Engine, requests: Sequence[Request], *, join_every: int = 0) -> 
             engine.add(waiting.pop(0))
         for committed in engine.step():
             assert committed.tokens, "a commit without tokens"
+            assert committed.request.finished or committed.request.ready, "cached is not len - 1 between steps"
             reported[committed.request.id].extend(committed.tokens)
         if engine.idle and not waiting:
             break

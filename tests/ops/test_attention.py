@@ -131,7 +131,8 @@ MIXED = [
     Request(0, 1, [-1, -1]),
     Request(130, 3, [-1, 0, 0, 1, 1, 2, 2, -1]),
 ]
-LONG = [Request(1100, 1, TREE), Request(600, 70), Request(510, 1, list(range(-1, 62)))]
+CHAIN = list(range(-1, 62))
+LONG = [Request(1100, 1, TREE), Request(600, 70), Request(510, 1, CHAIN), Request(535, 1, CHAIN)]
 SHAPES = [
     Shape(4, 4, 16),
     Shape(4, 2, 32, 8),
@@ -295,6 +296,15 @@ class TestBothTwins:
         assert torch.equal(out[0], torch.zeros(2, 16))
         assert out[1].abs().min() > 0
 
+    def test_an_unseen_key_adds_nothing_however_large(self, backend: PagedAttention) -> None:
+        case = make([Request(20, 5)], Shape(2, 1, 16))
+        want = backend(case.q, case.keys, case.values, case.layout, scale=0.2)
+        block = int(case.layout.blocks[1])
+        case.values[block, :, 21 % 16] = 3e38
+        got = backend(case.q, case.keys, case.values, case.layout, scale=0.2)
+        assert torch.equal(got[0], want[0])
+        assert got[1].abs().min() > 1e30
+
     def test_an_empty_step(self, backend: PagedAttention) -> None:
         case = make([Request(20, 0)], Shape(2, 1, 16))
         assert backend(case.q, case.keys, case.values, case.layout, scale=0.2).shape == (0, 2, 16)
@@ -343,7 +353,9 @@ def test_native_reads_and_writes_only_inside_the_cache(native: NativeAttention) 
     case = make(MIXED, Shape(4, 2, 32))
     outside = case.layout.blocks.clone()
     outside[0] = case.keys.shape[0]
-    short = replace(case.layout, prefix=case.layout.prefix + 4096)
+    longer = case.layout.prefix.clone()
+    longer[0] = 40  # beyond its own two blocks, among those of the next request
+    short = replace(case.layout, prefix=longer)
     falling = case.layout.cu_rows.clone()
     falling[1] = 2**20
     for layout in (replace(case.layout, blocks=outside), short, replace(case.layout, cu_rows=falling)):
@@ -357,11 +369,13 @@ def test_native_reads_and_writes_only_inside_the_cache(native: NativeAttention) 
 
 def test_move_reads_all_before_it_writes() -> None:
     keys, values = torch.randn(2, 3, 2, 4, 5).unbind(0)
-    before = keys.clone()
-    move_kv(keys, values, torch.tensor([6, 9]), torch.tensor([5, 6]))
-    assert torch.equal(keys[1, :, 1], before[1, :, 2])
-    assert torch.equal(keys[1, :, 2], before[2, :, 1])
-    assert int((keys != before).any(-1).sum()) == 4
+    before, before_values = keys.clone(), values.clone()
+    move_kv(keys, values, torch.tensor([6, 9, 5]), torch.tensor([5, 6, 9]))
+    for cache, old in ((keys, before), (values, before_values)):
+        assert torch.equal(cache[1, :, 1], old[1, :, 2])
+        assert torch.equal(cache[1, :, 2], old[2, :, 1])
+        assert torch.equal(cache[2, :, 1], old[1, :, 1])
+        assert int((cache != old).any(-1).sum()) == 6
 
 
 def test_write_kv_checks_shapes() -> None:

@@ -22,4 +22,4 @@ def run(config: ConvertConfig, shell: Shell) -> dict[str, Any]:
     return result
 
 
-app = command(ConvertConfig, run, help=COMMANDS["convert"][1], look=Look(positional=("source",), short={"out": "-o"}))
+app = command(ConvertConfig, run, help=COMMANDS["convert"][1], look=Look(positional=("source", "out")))

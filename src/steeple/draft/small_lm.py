@@ -46,7 +46,10 @@ class SmallLMConfig:
         folder = hf.resolve(self.model) if self.model else _sibling(around)
         hf.check_same_tokenizer(around.tokenizer, hf.load_tokenizer(folder))
         limit = around.decoder.config.max_context
-        decoder = load_decoder(folder, dtype=around.dtype, device=around.device, max_context=limit)
+        try:
+            decoder = load_decoder(folder, dtype=around.dtype, device=around.device, max_context=limit)
+        except ConfigError as error:
+            raise ConfigError(f"drafter small_lm, model {folder}: {error} Lower EngineConfig.max_context.") from error
         decoder.use(around.linear)
         return SmallLM(self, decoder, around)
 
