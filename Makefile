@@ -24,8 +24,8 @@ test-all: $(READY)
 	$(BIN)/steeple verify --model demo --drafter ngram,small_lm
 
 check: $(READY)
-	$(BIN)/ruff format --check src tests examples bench
-	$(BIN)/ruff check src tests examples bench
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

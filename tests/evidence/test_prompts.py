@@ -46,6 +46,12 @@ def test_the_seed_decides_and_more_prompts_begin_with_fewer() -> None:
     assert cutter(3).cut(12, 8) != cutter(4).cut(12, 8)
 
 
+def test_texts_that_say_the_same_give_no_prompt_twice() -> None:
+    twice = Source("test", SOURCE.texts[:1] * 3)
+    windows = {tuple(p) for p in cutter(source=twice).cut(12, 5)}
+    assert len(windows) == 5
+
+
 def test_a_tokenizer_that_begins_texts_begins_prompts() -> None:
     class Beginning:
         def encode(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> list[int]:

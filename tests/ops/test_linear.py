@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from steeple.ops.linear import LinearOperation, NativeLinear, linear_backend
+from steeple.ops.kernels import kernels
+from steeple.ops.linear import NativeLinear
 from steeple.ops.native import library_path
 
 SHAPES = [(512, 3072), (1408, 512), (64, 10), (34, 7), (130, 33), (16, 1)]
@@ -71,5 +72,4 @@ def test_gradients_flow_through_torch(native: NativeLinear) -> None:
 
 @torch.inference_mode()
 def test_switched_off_means_torch() -> None:
-    operation: LinearOperation = linear_backend("cpu", native=False)
-    assert operation is F.linear
+    assert kernels("cpu", native=False).linear is F.linear

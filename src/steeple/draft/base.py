@@ -6,7 +6,7 @@ What a drafter needs from the engine it declares in ``Needs``; nobody asks it fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from steeple.model.decoder import Decoder, Hidden
 from steeple.ops.attention import PagedAttention
-from steeple.ops.linear import LinearOperation
+from steeple.ops.kernels import Kernels
 from steeple.request import Request
 from steeple.types import Batch, Draft
 
@@ -51,7 +50,7 @@ class Surroundings:
     step_tokens: int
     model_folder: Path | None = None
     share_prefixes: bool = True
-    linear: LinearOperation = F.linear
+    kernels: Kernels = field(default_factory=Kernels)
 
 
 class Drafter(Protocol):

@@ -50,7 +50,7 @@ class SmallLMConfig:
             decoder = load_decoder(folder, dtype=around.dtype, device=around.device, max_context=limit)
         except ConfigError as error:
             raise ConfigError(f"drafter small_lm, model {folder}: {error} Lower EngineConfig.max_context.") from error
-        decoder.use(around.linear)
+        decoder.use(around.kernels)
         return SmallLM(self, decoder, around)
 
 

@@ -18,7 +18,7 @@ from steeple.hardware import available_memory, pick_device
 from steeple.model.decoder import Decoder
 from steeple.model.load import load_decoder
 from steeple.ops.attention import PagedAttention
-from steeple.ops.linear import LinearOperation, linear_backend
+from steeple.ops.kernels import Kernels, kernels
 from steeple.ops.native import attention_backend
 from steeple.plan.memory import plan_cache
 
@@ -33,7 +33,7 @@ class LoadedModel:
     decoder: Decoder
     tokenizer: Any
     attention: PagedAttention
-    linear: LinearOperation
+    kernels: Kernels
     device: torch.device
 
 
@@ -47,10 +47,10 @@ def load_model(model: str, config: EngineConfig) -> LoadedModel:
         folder, dtype=getattr(torch, config.dtype), device=device, max_context=config.max_context or None
     )
     native = None if config.native else False
-    linear = linear_backend(device, native)
-    decoder.use(linear)
+    operations = kernels(device, native)
+    decoder.use(operations)
     attention = attention_backend(device, native)
-    return LoadedModel(folder, decoder, hf.load_tokenizer(folder), attention, linear, device)
+    return LoadedModel(folder, decoder, hf.load_tokenizer(folder), attention, operations, device)
 
 
 def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConfig | None = None) -> Engine:
@@ -68,7 +68,7 @@ def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConf
                 decoder=target.decoder,
                 tokenizer=target.tokenizer,
                 attention=target.attention,
-                linear=target.linear,
+                kernels=target.kernels,
                 device=target.device,
                 dtype=dtype,
                 block_size=config.block_size,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from steeple.config import ModelConfig
 from steeple.model.layers import Attend, Layer, Linear, RMSNorm
-from steeple.ops.linear import LinearOperation
+from steeple.ops.kernels import Kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,13 @@ class Decoder(nn.Module):
         self.register_buffer("cos", (angle.cos() * scale).to(device), persistent=False)
         self.register_buffer("sin", (angle.sin() * scale).to(device), persistent=False)
 
-    def use(self, operation: LinearOperation) -> None:
-        """Compute all linear layers by ``operation`` from now on."""
+    def use(self, kernels: Kernels) -> None:
+        """Compute by these operations from now on."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.operation = operation
+                module.operation = kernels.linear
+            elif isinstance(module, RMSNorm):
+                module.operation = kernels.norm
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from steeple.config import ModelConfig
 from steeple.ops.linear import LinearOperation
+from steeple.ops.norm import NormOperation, torch_norm
 
 
 class Attend(Protocol):
@@ -42,9 +43,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.operation: NormOperation = torch_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return self.operation(x, self.weight, self.eps)
 
 
 def rotate(x_TNH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

@@ -126,7 +126,44 @@ inline void work(void* data) {
     else run<BF16>(c);
 }
 
+// One row of a root-mean-square norm: x / sqrt(mean(x^2) + eps) * weight, sums in float32.
+template <bool BF16_IN> void norm_row(const char* x, const char* weight, char* y, int64_t size, float eps) {
+    const int64_t whole = size / W * W;
+    vf sum = {};
+    float rest = 0;
+    auto at = [&](const char* p, int64_t i) {
+        if constexpr (BF16_IN) return widen(load<vh>(p + i * 2));
+        else return load<vf>(p + i * 4);
+    };
+    auto one = [&](const char* p, int64_t i) {
+        if constexpr (BF16_IN) return widen1(((const uint16_t*)p)[i]);
+        else return ((const float*)p)[i];
+    };
+    for (int64_t i = 0; i < whole; i += W) sum = sum + at(x, i) * at(x, i);
+    for (int64_t i = whole; i < size; i++) rest += one(x, i) * one(x, i);
+    const float scale = 1.0f / __builtin_sqrtf((total(sum) + rest) / (float)size + eps);
+    for (int64_t i = 0; i < whole; i += W) {
+        const vf value = at(x, i) * splat(scale) * at(weight, i);
+        if constexpr (BF16_IN) store(y + i * 2, __builtin_convertvector(narrow(value), vh));
+        else store(y + i * 4, value);
+    }
+    for (int64_t i = whole; i < size; i++) {
+        const float value = one(x, i) * scale * one(weight, i);
+        if constexpr (BF16_IN) ((uint16_t*)y)[i] = narrow1(value);
+        else ((float*)y)[i] = value;
+    }
+}
+
 }  // namespace linear
+
+// x, y [rows, size] without gaps, weight [size]; all float32 or all bfloat16.
+extern "C" void steeple_rms_norm(const char* x, const char* weight, char* y, int64_t rows, int64_t size, float eps,
+                                 int bf16) {
+    const int64_t bytes = size * (bf16 ? 2 : 4);
+    for (int64_t row = 0; row < rows; row++)
+        if (bf16) linear::norm_row<true>(x + row * bytes, weight, y + row * bytes, size, eps);
+        else linear::norm_row<false>(x + row * bytes, weight, y + row * bytes, size, eps);
+}
 
 // x [rows, inputs] with rows x_stride bytes apart, w [outputs, inputs], y [rows, outputs], both without gaps; all
 // float32 or all bfloat16; bias [outputs] or null; bfloat16 needs an even number of inputs.

@@ -8,7 +8,6 @@ choose another order of summation for every number of rows; the kernel never doe
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from steeple.ops.native import library_path, torch_team
+from steeple.ops.native import torch_team
 
 # Rows above which the matrix library is faster; measured by bench/linear.py.
-MOST_ROWS = {torch.float32: 64, torch.bfloat16: 10}
+MOST_ROWS = {torch.float32: 256, torch.bfloat16: 20}
 
 
 # x [..., I], weight [O, I], bias [O] or None -> [..., O]
@@ -70,17 +69,3 @@ class NativeLinear:
             self._team,
         )
         return out
-
-
-@functools.cache
-def _load(path: Path) -> NativeLinear:
-    return NativeLinear(path)
-
-
-def linear_backend(device: torch.device | str, native: bool | None = None) -> LinearOperation:
-    """The linear operation for ``device``: native on a CPU where it can be built, else torch's.
-
-    Args: native: False never takes the native one; see ``attention_backend``.
-    """
-    path = library_path(native) if torch.device(device).type == "cpu" else None
-    return F.linear if path is None else _load(path)
