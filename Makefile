@@ -31,7 +31,8 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/steeple bench --model demo --drafters none,ngram,small_lm --batch 1,8,32 --context 128,1024 \
-		--max-tokens 64 --temperature 0 --repeat 3 --dtype bfloat16 --json bench/results/demo.json
+		--max-tokens 64 --temperature 0 --repeat 3 --dtype bfloat16 --identity-requests 4 \
+		--json bench/results/demo-bfloat16.json --plots bench/results/plots-bfloat16
 
 clean:
 	rm -rf .venv build dist
