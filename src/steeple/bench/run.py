@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from steeple.bench.workload import Cell, Workload, cells, turns
 from steeple.draft import drafter_config
 from steeple.engine import Engine, EngineConfig, LoadedModel, build_engine, load_model
 from steeple.errors import CapacityError
-from steeple.evidence.environment import environment
+from steeple.evidence.environment import command_line, environment
 from steeple.evidence.logits import first_difference, top_gap
 from steeple.evidence.measure import Run, require_counted, run_requests
 from steeple.evidence.progress import Progress, silent
@@ -55,7 +54,7 @@ def run_bench(config: BenchConfig, progress: Progress = silent, argv: Sequence[s
     result = {
         "schema_version": SCHEMA_VERSION,
         "kind": "bench",
-        "command": list(sys.argv if argv is None else argv),
+        "command": command_line() if argv is None else list(argv),
         "config": asdict(config),
         "environment": surroundings,
         "model": {"name": config.model, "parameters": bench.parameters, "shape": _shape(target)},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def environment(target: LoadedModel) -> dict[str, Any]:
         "native_attention": isinstance(target.attention, NativeAttention),
         "loadavg": [round(value, 2) for value in os.getloadavg()],
     }
+
+
+def command_line() -> list[str]:
+    """This process's own command, without the folder that the program lies in."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def revision(package: Path) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from steeple.config import check_range
 from steeple.draft import NO_DRAFTER, drafter_config
 from steeple.engine import Engine, EngineConfig, LoadedModel, build_engine, load_model
-from steeple.evidence.environment import environment
+from steeple.evidence.environment import command_line, environment
 from steeple.evidence.measure import Run, run_requests
 from steeple.evidence.progress import Progress, silent
 from steeple.evidence.prompts import PromptCutter, read_source
@@ -71,6 +71,7 @@ def run_demo(config: DemoConfig, progress: Progress = silent) -> dict[str, Any]:
         "k": config.k,
         "temperature": 0.0,
         "dtype": "float32",
+        "command": command_line(),
         "environment": environment(target),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any
 
 from steeple.draft import drafter_config
 from steeple.engine import EngineConfig, LoadedModel, build_engine, load_model
-from steeple.evidence.environment import environment
+from steeple.evidence.environment import command_line, environment
 from steeple.evidence.progress import Progress, silent
 from steeple.proof.config import ProofConfig
 from steeple.proof.greedy import BLOCK, GreedyOutcome, prove_greedy
@@ -75,7 +74,7 @@ def run_proof(config: ProofConfig, progress: Progress = silent, argv: Sequence[s
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "proof",
-        "command": list(sys.argv if argv is None else argv),
+        "command": command_line() if argv is None else list(argv),
         "config": asdict(config),
         "environment": environment(target),
         "prompts": {"source": pool.source, "sha256": pool.sha256},
