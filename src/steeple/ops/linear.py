@@ -1,7 +1,7 @@
 """Linear layers over few rows: the native kernel reads every weight once for all rows, and rounds each row alike.
 
 ``torch.nn.functional.linear`` is the slow twin. Matrix libraries are made for many rows; for 2 to 16 float32 rows they
-read the weights several times slower than memory delivers them, just where a verification has its rows. And they
+read the weights two to four times slower (bench/results/linear.json), just where a verification has its rows. And they
 choose another order of summation for every number of rows; the kernel never does.
 """
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from steeple.ops.native import torch_team
 
 # Rows above which the matrix library is faster; measured by bench/linear.py.
-MOST_ROWS = {torch.float32: 256, torch.bfloat16: 20}
+MOST_ROWS = {torch.float32: 256, torch.bfloat16: 10}
 
 
 # x [..., I], weight [O, I], bias [O] or None -> [..., O]
