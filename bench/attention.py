@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from steeple.ops.attention import PagedAttention, ReferenceAttention
 from steeple.ops.memory import zeros
-from steeple.ops.native import attention_backend
+from steeple.ops.native_attention import attention_backend
 from steeple.types import KVLayout
 
 COLD_BYTES = 128 << 20  # of keys and values, so that no call finds its own in a processor cache

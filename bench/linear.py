@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--json", default="-")
     given = parser.parse_args()
-    path = library_path(True)
+    path = library_path(native=True)
     if path is None:
         sys.exit("the native library could not be built")
     every = {torch.float32: 1 << 30, torch.bfloat16: 1 << 30}

@@ -18,7 +18,7 @@ from steeple.draft.small_lm import SmallLM, SmallLMConfig
 from steeple.engine.engine import Engine, EngineParts
 from steeple.model.decoder import Decoder
 from steeple.ops.attention import PagedAttention
-from steeple.ops.native import attention_backend
+from steeple.ops.native_attention import attention_backend
 from steeple.request import Request
 from steeple.types import SamplingParams
 

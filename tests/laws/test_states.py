@@ -17,7 +17,7 @@ from lab import CPU, ROWS, CacheKind, make_engine, run, tiny_decoder
 from torch import Tensor
 
 from steeple.errors import CapacityError, InternalError
-from steeple.ops.native import attention_backend
+from steeple.ops.native_attention import attention_backend
 from steeple.request import FinishReason, Request
 from steeple.types import KVLayout, SamplingParams
 

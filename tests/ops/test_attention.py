@@ -13,7 +13,8 @@ from torch import Tensor
 
 from steeple.errors import InternalError
 from steeple.ops.attention import PagedAttention, ReferenceAttention, move_kv, paged_attention, write_kv
-from steeple.ops.native import THIS_MACHINE, NativeAttention, build, compiler
+from steeple.ops.native import THIS_MACHINE, build, compiler
+from steeple.ops.native_attention import NativeAttention
 from steeple.types import KVLayout
 
 needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler: native attention not tested")

@@ -11,7 +11,8 @@ import pytest
 from steeple.errors import ConfigError
 from steeple.ops import native as native_module
 from steeple.ops.attention import ReferenceAttention
-from steeple.ops.native import attention_backend, build
+from steeple.ops.native import build
+from steeple.ops.native_attention import _native, attention_backend
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +20,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(native_module.SWITCH, raising=False)
     native_module._load.cache_clear()
+    _native.cache_clear()
     yield tmp_path / "cache" / "steeple"
     native_module._load.cache_clear()
+    _native.cache_clear()
 
 
 def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:

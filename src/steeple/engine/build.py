@@ -19,7 +19,7 @@ from steeple.model.decoder import Decoder
 from steeple.model.load import load_decoder
 from steeple.ops.attention import PagedAttention
 from steeple.ops.kernels import Kernels, kernels
-from steeple.ops.native import attention_backend
+from steeple.ops.native_attention import attention_backend
 from steeple.plan.memory import plan_cache
 
 MOST_REQUESTS = 256

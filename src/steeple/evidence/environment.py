@@ -14,7 +14,7 @@ import transformers
 
 from steeple.engine import LoadedModel
 from steeple.hardware import cpu_name
-from steeple.ops.native import NativeAttention
+from steeple.ops.native_attention import NativeAttention
 
 GIT_SECONDS = 10
 

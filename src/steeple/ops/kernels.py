@@ -29,5 +29,5 @@ def _native(path: Path) -> Kernels:
 
 def kernels(device: torch.device | str, native: bool | None = None) -> Kernels:
     """The operations for ``device``; native exists for the CPU. Args: native: False never takes it."""
-    path = library_path(native) if torch.device(device).type == "cpu" else None
+    path = library_path(torch.device(device).type, native)
     return Kernels() if path is None else _native(path)
