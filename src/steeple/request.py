@@ -40,13 +40,16 @@ class SpeculationStats:
 
     def record(self, proposed_depth: int, drafted: int, accepted: int) -> None:
         """One round: the draft was ``proposed_depth`` deep with ``drafted`` nodes, ``accepted`` of them were kept."""
+        self.rounds += 1
+        if not drafted:
+            return
         missing = proposed_depth - len(self.accepted_at)
         self.accepted_at.extend([0] * missing)
         self.proposed_at.extend([0] * missing)
         for depth in range(proposed_depth):
             self.proposed_at[depth] += 1
-            self.accepted_at[depth] += depth < accepted
-        self.rounds += 1
+        for depth in range(accepted):
+            self.accepted_at[depth] += 1
         self.drafted += drafted
         self.accepted += accepted
 
@@ -96,6 +99,7 @@ class Request:
         self.prompt_len = len(prompt)
         self.cached = 0
         self.limit = len(prompt) + params.max_tokens  # most tokens of the text; the engine's context may lower it
+        self.stops = frozenset(params.stop_token_ids)  # tokens that end the text; the engine adds the model's own
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
@@ -123,6 +127,11 @@ class Request:
         return self._buffer[self.prompt_len : self._length]
 
     @property
+    def newest(self) -> np.int64:
+        """The last token: the root of the next draft."""
+        return self._buffer[self._length - 1]
+
+    @property
     def written(self) -> int:
         """Number of tokens written so far."""
         return self._length - self.prompt_len
@@ -134,7 +143,7 @@ class Request:
         The first token never follows a draft, and a preempted request becomes ready before it goes on. So what is
         drawn does not depend on the chunks, shared prefixes and preemptions that the neighbours caused.
         """
-        return self.written > 0 and self.cached == self._length - 1
+        return self.prompt_len <= self.cached == self._length - 1
 
     @property
     def unread(self) -> int:
@@ -150,7 +159,10 @@ class Request:
         end = self._length + len(tokens)
         if end > self._buffer.shape[0]:
             self._buffer = np.concatenate((self._buffer, np.zeros(max(end, 256), dtype=np.int64)))
-        self._buffer[self._length : end] = tokens
+        if len(tokens) == 1:  # a slice would take three times as long
+            self._buffer[self._length] = tokens[0]
+        else:
+            self._buffer[self._length : end] = tokens
         self._length = end
 
     def check(self) -> None:

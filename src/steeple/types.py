@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steeple.errors import RequestError, did_you_mean
@@ -117,6 +118,7 @@ class Draft:
     cu      [B + 1] int64  host; nodes of request b are cu[b]..cu[b + 1]; may be none
     row     [N] int64    row of ``probs`` that the token was drawn from; -1 = chosen, not drawn
     probs   [R, V] float32 or None   siblings drawn i.i.d. share a row
+    chain   every tree is known to be a chain, so that the short ways may be taken; False says nothing
     """
 
     tokens: Tensor
@@ -124,17 +126,19 @@ class Draft:
     cu: Tensor
     row: Tensor
     probs: Tensor | None = None
+    chain: bool = False
 
     @property
     def counts(self) -> Tensor:
         """Nodes per request, host ``[B]``."""
-        return self.cu.diff()
+        return self.cu[1:] - self.cu[:-1]
 
     @staticmethod
     def empty(requests: int, device: torch.device | str = "cpu") -> Draft:
         """The forest without nodes: plain decoding."""
         none = torch.zeros(0, dtype=torch.int64)
-        return Draft(none.to(device), none, torch.zeros(requests + 1, dtype=torch.int64), none.to(device))
+        cu = torch.zeros(requests + 1, dtype=torch.int64)
+        return Draft(none.to(device), none, cu, none.to(device), chain=True)
 
 
 def concat_drafts(parts: Sequence[tuple[Sequence[int], Draft]], requests: int) -> Draft:
@@ -177,6 +181,7 @@ def concat_drafts(parts: Sequence[tuple[Sequence[int], Draft]], requests: int) -
         torch.from_numpy(cu),
         torch.cat(rows)[back.to(device)],
         torch.cat(laws) if laws else None,
+        all(draft.chain for _, draft in live),
     )
 
 
@@ -184,22 +189,26 @@ def concat_drafts(parts: Sequence[tuple[Sequence[int], Draft]], requests: int) -
 class Verdict:
     """What the walk decided for B requests: the accepted path, then exactly one recovered or bonus token each.
 
-    tokens [M] int64, cu [B + 1] int64 host-sized; kept [K] flat node ids whose keys and values stay, K = M - B;
-    row [M] the row of the target's laws that each token was judged by.
+    Host arrays, int64: tokens [M], cu [B + 1] their offsets; kept [K] flat node ids whose keys and values stay,
+    K = M - B; row [M] the row of the target's laws that each token was judged by.
     """
 
-    tokens: Tensor
-    cu: Tensor
-    kept: Tensor
-    row: Tensor
+    tokens: NDArray[np.int64]
+    cu: NDArray[np.int64]
+    kept: NDArray[np.int64]
+    row: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """Where the keys of a flat batch lie and which of them each row sees. Host int tensors, the same for all layers.
 
+    The tensors may be written over for the next batch of the same shape: addresses may be kept as long as the layout
+    is, contents only until the forward ends.
+
     cu_rows   [B + 1] int32   rows of request b are cu_rows[b]..cu_rows[b + 1]
-    blocks    [sum] int32     flat block table; cu_blocks [B + 1] int32 its offsets
+    blocks    [sum] int32     flat block table, maybe with room behind a request's last block (which reads as block 0)
+    cu_blocks [B + 1] int32   its offsets
     prefix    [T] int32       row t sees the positions 0..prefix[t] - 1 of its request
     ancestors [T] int64       and of the request's nodes those whose bit is set (bit j = node j, itself included)
     text_len  [B] int32       node j of request b is stored at sequence position text_len[b] + j
@@ -220,7 +229,7 @@ class KVLayout:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Flat input of one forward: text rows and draft nodes of B requests, no padding.
+    """Flat input of one forward: text rows and draft nodes of B requests, no padding. Valid until the next is made.
 
     tokens [T] int64, positions [T] int64, slots [T] int64 (cache slot each row is staged at), all on the device;
     request_ids B names; node_rows [N] int64 host: flat row of each draft node.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from steeple.bench.config import BenchConfig
-from steeple.bench.floor import StepCost, matrix_parameters, plain_step
+from steeple.bench.floor import Cost, step_cost
 from steeple.bench.rows import Identity, cell_rows
 from steeple.bench.workload import Cell, Workload, cells, turns
 from steeple.config import ModelConfig
@@ -99,29 +99,45 @@ def test_a_context_that_does_not_fit_is_refused() -> None:
         work(replace(CONFIG, context=(8, 60)))
 
 
-def test_matrix_parameters_leave_the_embedding_out_unless_it_is_the_head() -> None:
+def test_multiplied_parameters_leave_the_embedding_out_unless_it_is_the_head() -> None:
     layer = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32 + 2 * 16  # q, k and v, o, feed-forward, two norms
-    assert matrix_parameters(Decoder(SHAPE), SHAPE) == 2 * layer + 16 + 100 * 16
-    tied = replace(SHAPE, tie_embeddings=True)
-    assert matrix_parameters(Decoder(tied), tied) == 2 * layer + 16 + 100 * 16
+    assert Decoder(SHAPE).multiplied_parameters == 2 * layer + 16 + 100 * 16
+    assert Decoder(replace(SHAPE, tie_embeddings=True)).multiplied_parameters == 2 * layer + 16 + 100 * 16
 
 
-def test_the_cost_of_a_step_by_hand() -> None:
-    cost = plain_step(SHAPE, 1000, 2, batch=3, context=10)
+def test_the_cost_of_a_plain_step_by_hand() -> None:
+    cost = step_cost(SHAPE, 5000, 2, batch=3, context=10)
     kv = 2 * 2 * 4 * (10 + 10) * 3  # keys and values, 2 heads of 4, two layers, 10 positions, 3 requests
-    assert cost.bytes == (1000 + kv + 3 * 16) * 2
-    assert cost.flops == 2 * 1000 * 3 + 4 * 4 * 4 * (10 + 10) * 3
+    assert cost.attention == Cost(kv * 2, 4 * 4 * 4 * (10 + 10) * 3)
+    assert cost.logits == Cost(1600 * 2, 2 * 1600 * 3)
+    assert cost.linear == Cost(3400 * 2, 2 * 3400 * 3)
+    assert cost.embedding == Cost(3 * 16 * 2, 0)
+    assert cost.total == Cost((5000 + kv + 3 * 16) * 2, 2 * 5000 * 3 + 4 * 4 * 4 * (10 + 10) * 3)
 
 
-def test_a_window_bounds_what_a_layer_reads() -> None:
+def test_verification_reads_weights_and_keys_once_and_computes_every_row() -> None:
+    cost = step_cost(SHAPE, 5000, 2, batch=3, context=10, rows=4)
+    kv = 2 * 2 * 4 * (13 + 13) * 3  # the 10 positions of the text and the 3 nodes
+    seen = 2 * (10 + 11 + 12 + 13)  # the newest token sees 10, each node one more; two layers
+    assert cost.total.bytes == (5000 + kv + 3 * 4 * 16) * 2
+    assert cost.total.flops == 2 * 5000 * 3 * 4 + 4 * 4 * 4 * seen * 3
+    assert cost.attention == Cost(kv * 2, 4 * 4 * 4 * seen * 3)
+
+
+def test_a_window_bounds_what_a_layer_reads_and_sees() -> None:
     windowed = replace(SHAPE, windows=(0, 4))
-    assert plain_step(windowed, 0, 1, batch=1, context=10).bytes == 2 * 2 * 4 * (10 + 4) + 16
+    assert step_cost(windowed, 1600, 1, batch=1, context=10).attention.bytes == 2 * 2 * 4 * (10 + 4)
+    cost = step_cost(windowed, 1600, 1, batch=1, context=3, rows=3).attention
+    assert cost.bytes == 2 * 2 * 4 * (5 + 5)  # the third row sees 4 of 5 positions, the first the other one
+    assert cost.flops == 4 * 4 * 4 * ((3 + 4 + 5) + (3 + 4 + 4))
 
 
 def test_the_floor_is_the_larger_of_both_times() -> None:
     hardware = Hardware("h", 1, read_bytes_per_second=1e9, flops_per_second={"float32": 1e10})
-    assert StepCost(bytes=2e6, flops=1e7).seconds(hardware, "float32") == pytest.approx(2e-3)
-    assert StepCost(bytes=2e6, flops=5e7).seconds(hardware, "float32") == pytest.approx(5e-3)
+    for flops, seconds, bound in ((1e7, 2e-3, "memory"), (5e7, 5e-3, "arithmetic")):
+        cost = Cost(bytes=2e6, flops=flops)
+        assert cost.seconds(hardware, "float32") == pytest.approx(seconds)
+        assert cost.bound(hardware, "float32") == bound
 
 
 def run_of(rounds: int, committed: int, verify: float, draft: float = 0.0, accepted: tuple[int, ...] = ()) -> Run:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
+from torch import Tensor
 
 import steeple.bench.run as bench_run
 from steeple.bench.config import BenchConfig
@@ -21,7 +21,7 @@ from steeple.bench.table import bench_table
 from steeple.engine import EngineConfig, LoadedModel
 from steeple.errors import CapacityError, ConfigError
 from steeple.hardware import Hardware
-from steeple.verify.greedy import Greedy
+from steeple.model.run import Runner
 
 COLUMNS = {
     "drafter": str, "batch": int, "context": int, "k": int, "temperature": float, "dtype": str, "max_tokens": int,
@@ -117,7 +117,13 @@ def test_another_dtype_is_checked_in_float32_as_well(config: BenchConfig) -> Non
 def test_a_drafter_that_changes_tokens_is_called_not_identical(
     config: BenchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Greedy, "accept", lambda self, request, law, node: torch.ones_like(node, dtype=torch.bool))
+    best = Runner.best
+
+    def worse(self: Runner, hidden_RD: Tensor) -> Tensor:
+        """The next token of the vocabulary, where there are more rows than the two requests need."""
+        return (best(self, hidden_RD) + (hidden_RD.shape[0] > 2)) % 320
+
+    monkeypatch.setattr(Runner, "best", worse)
     rows = run_bench(config)["rows"]
     assert rows[0]["identical"] is True
     assert rows[2]["identical"] is False

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from steeple.cache.batch import Span, make_batch, tree_shape
+from steeple.cache.batch import BatchMaker, Span, make_batch, tree_shape
+from steeple.draft.base import chain_forest
 from steeple.errors import InternalError
-from steeple.types import MAX_NODES, Draft
+from steeple.types import MAX_NODES, Batch, Draft
 
 
 def a_batch(seed: int) -> tuple[list[Span], Draft]:
@@ -79,3 +80,88 @@ def test_too_many_nodes_are_refused() -> None:
     draft = Draft(nodes, nodes - 1, torch.tensor([0, n]), torch.full((n,), -1))
     with pytest.raises(InternalError, match=f"{n} nodes; at most {MAX_NODES}"):
         make_batch([Span("r", 0, np.array([1]), list(range(n + 1)))], draft, 1, "cpu")
+
+
+def made(maker: BatchMaker, spans: list[Span], draft: Draft) -> Batch:
+    """The same batch from the fast twin."""
+    return maker.make(
+        [s.request_id for s in spans],
+        [s.blocks for s in spans],
+        np.array([s.start for s in spans]),
+        np.array([len(s.tokens) for s in spans]),
+        np.concatenate([s.tokens for s in spans]),
+        draft,
+    )
+
+
+def assert_equal(found: Batch, expected: Batch) -> None:
+    """All fields equal; the tables as far as they go."""
+    assert found.request_ids == expected.request_ids
+    for name in ("tokens", "positions", "slots", "node_rows"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    own, other = found.layout, expected.layout
+    for name in ("cu_rows", "prefix", "ancestors", "text_len", "positions", "node_row"):
+        one, two = getattr(own, name), getattr(other, name)
+        assert one.dtype == two.dtype, name
+        assert torch.equal(one, two), name
+    assert own.block_size == other.block_size
+    for b in range(len(found.request_ids)):
+        table = other.blocks[other.cu_blocks[b] : other.cu_blocks[b + 1]]
+        first, end = own.cu_blocks[b : b + 2].tolist()
+        assert own.blocks[first : first + len(table)].tolist() == table.tolist()
+        assert not own.blocks[first + len(table) : end].any(), "room reads as block 0"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_maker_equals_make_batch(seed: int) -> None:
+    """Any batches one after the other through one maker, the same shapes among them."""
+    maker = BatchMaker(3, "cpu")
+    for other in (seed, seed + 1, seed, seed + 100):
+        spans, draft = a_batch(other)
+        assert_equal(made(maker, spans, draft), make_batch(spans, draft, 3, "cpu"))
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 4])
+def test_the_maker_follows_decoding(nodes: int) -> None:
+    """One row each and a chain, round after round: tables grow, requests leave, join, and come back with new blocks."""
+    numbers = np.random.default_rng(nodes)
+    maker, free = BatchMaker(4, "cpu"), iter(numbers.permutation(4000).tolist())
+    names = ["a", "b", "c"]
+    start = {"a": 0, "b": 7, "c": 30, "d": 2}
+    table: dict[str, list[int]] = {name: [] for name in start}
+    for turn in range(60):
+        if turn == 20:
+            names = ["a", "c", "d"]
+        if turn == 40:
+            names, table["b"], table["c"] = ["b", "c", "a"], [], []
+        for name in names:
+            start[name] += int(numbers.integers(1, nodes + 2))
+            while len(table[name]) * 4 < start[name] + 1 + nodes:
+                table[name].append(next(free))
+        counts = [nodes if turn % 3 else int(numbers.integers(nodes + 1)) for _ in names]
+        cu, parent = chain_forest(np.array(counts))
+        draft = Draft(
+            torch.from_numpy(numbers.integers(50, size=sum(counts))),
+            parent,
+            cu,
+            torch.full((sum(counts),), -1),
+            chain=bool(turn % 2),
+        )
+        spans = [Span(name, start[name], numbers.integers(50, size=1), table[name]) for name in names]
+        assert_equal(made(maker, spans, draft), make_batch(spans, draft, 4, "cpu"))
+
+
+def test_the_maker_tells_a_chain_from_a_tree_of_its_size() -> None:
+    maker, cu = BatchMaker(4, "cpu"), torch.tensor([0, 3])
+    spans = [Span("r", 5, np.array([1]), [3, 1, 2])]
+    for parent, chain in (([-1, -1, 1], False), ([-1, 0, 1], True), ([-1, 0, 0], False)):
+        draft = Draft(torch.arange(3), torch.tensor(parent), cu, torch.full((3,), -1), chain=chain)
+        assert_equal(made(maker, spans, draft), make_batch(spans, draft, 4, "cpu"))
+
+
+def test_too_many_nodes_are_refused_by_the_maker() -> None:
+    n = MAX_NODES + 1
+    nodes = torch.arange(n)
+    draft = Draft(nodes, nodes - 1, torch.tensor([0, n]), torch.full((n,), -1), chain=True)
+    with pytest.raises(InternalError, match=f"{n} nodes; at most {MAX_NODES}"):
+        made(BatchMaker(1, "cpu"), [Span("r", 0, np.array([1]), list(range(n + 1)))], draft)

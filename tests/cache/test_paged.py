@@ -10,6 +10,7 @@ from steeple.cache.batch import Span, make_batch
 from steeple.cache.paged import PagedCache
 from steeple.config import ModelConfig
 from steeple.errors import InternalError
+from steeple.ops.attention import ReferenceAttention
 from steeple.types import Batch, Draft
 
 CONFIG = ModelConfig(
@@ -27,7 +28,14 @@ TEXT = np.arange(20, dtype=np.int64) % 10
 
 
 def a_cache(blocks: int = 8, size: int = 4, *, share: bool = True) -> PagedCache:
-    return PagedCache(CONFIG, blocks=blocks, block_size=size, dtype=torch.float32, share_prefixes=share)
+    return PagedCache(
+        CONFIG,
+        blocks=blocks,
+        block_size=size,
+        dtype=torch.float32,
+        share_prefixes=share,
+        attention=ReferenceAttention(),
+    )
 
 
 def stage(cache: PagedCache, request: str, start: int, stop: int, draft: Draft | None = None) -> Batch:
@@ -43,7 +51,11 @@ def stage(cache: PagedCache, request: str, start: int, stop: int, draft: Draft |
 
 
 def held(cache: PagedCache, request: str, length: int, layer: int = 0) -> list[int]:
-    return cache.keys[layer, list(cache.table(request)), 0, :, 0].flatten()[:length].int().tolist()
+    at, size = torch.arange(length), cache.block_size
+    slots = torch.tensor(list(cache.table(request)))[at // size] * size + at % size
+    keys, values = ReferenceAttention().read_kv(cache.keys[layer], cache.values[layer], slots)
+    assert torch.equal(values, layer * 100 - keys)
+    return keys[:, 0, 0].int().tolist()
 
 
 def test_bytes_per_token_is_the_memory_really_used() -> None:

@@ -57,7 +57,7 @@ def test_an_unknown_command_or_option_is_told(capsys: pytest.CaptureFixture[str]
     assert "--temperature" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), ("train", "lm")])
+@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), ("bench", "step"), ("train", "lm")])
 def test_every_command_has_help_with_the_fields_of_its_settings(
     capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
 ) -> None:

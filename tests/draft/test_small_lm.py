@@ -168,6 +168,18 @@ def test_another_padding_of_the_vocabulary(own: int) -> None:
     assert int(draft.tokens.max()) < min(own, V)
 
 
+def test_the_own_cache_shares_text_and_never_nodes() -> None:
+    drafter = a_drafter(a_decoder())
+    request = Request("a", [1, 2, 3, 4, 5], KINDS[0])
+    nodes = drafter.propose([request], [4]).tokens.tolist()
+    longer = np.array([*request.tokens.tolist(), *nodes, 1])
+    assert drafter.cache.attach("probe", longer) == 4, "two full blocks of text; the nodes behind are nobody's"
+    drafter.cache.free("probe")
+    request.append([*nodes, 1])
+    drafter.propose([request], [1])
+    assert drafter.cache.attach("probe", longer) == 8, "what was a node is text now"
+
+
 def test_left_over_requests_are_noticed() -> None:
     drafter = a_drafter(a_decoder())
     drafter.propose([Request("a", [1], KINDS[0])], [1])

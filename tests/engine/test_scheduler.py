@@ -10,6 +10,7 @@ from steeple.cache.paged import PagedCache
 from steeple.config import ModelConfig
 from steeple.engine.scheduler import Scheduler, Work
 from steeple.errors import CapacityError
+from steeple.ops.attention import ReferenceAttention
 from steeple.request import Request
 from steeple.types import SamplingParams
 
@@ -30,7 +31,14 @@ class Desk:
     """A scheduler, and an engine's part of its contract played by hand."""
 
     def __init__(self, blocks: int = 32, batch_size: int = 8, step_tokens: int = 16, nodes: int = 3) -> None:
-        self.cache = PagedCache(CONFIG, blocks=blocks, block_size=2, dtype=torch.float32, share_prefixes=False)
+        self.cache = PagedCache(
+            CONFIG,
+            blocks=blocks,
+            block_size=2,
+            dtype=torch.float32,
+            share_prefixes=False,
+            attention=ReferenceAttention(),
+        )
         self.forgotten: list[str] = []
         self.nodes = nodes
         self.scheduler = Scheduler(

@@ -134,7 +134,7 @@ def make_engine(
         block_size=cache.block_size,
         dtype=torch.float32,
         share_prefixes=cache.share,
-        write=attention.write_kv,
+        attention=attention,
     )
     return Engine(
         EngineParts(
@@ -209,15 +209,13 @@ def dense(decoder: Decoder, text: Sequence[int]) -> tuple[Tensor, list[Tensor], 
         return decoder.logits(hidden.final_TD), all_keys, all_values
 
 
-def gathered(cache: PagedCache, request: Request) -> tuple[Tensor, Tensor]:
+def gathered(engine: Engine, request: Request) -> tuple[Tensor, Tensor]:
     """What the cache holds of a request, read by its block table: keys and values ``[L, cached, K, H]``."""
-    table = torch.tensor(list(cache.table(request.id)), dtype=torch.int64)
-    out = []
-    for store in (cache.keys, cache.values):
-        L, _, K, S, H = store.shape
-        flat = store[:, table].permute(0, 1, 3, 2, 4).reshape(L, len(table) * S, K, H)
-        out.append(flat[:, : request.cached])
-    return out[0], out[1]
+    cache, read = engine.cache, engine.parts.attention.read_kv
+    S, at = cache.block_size, torch.arange(request.cached)
+    slots = torch.tensor(list(cache.table(request.id)), dtype=torch.int64)[at // S] * S + at % S
+    layers = [read(k, v, slots) for k, v in zip(cache.keys, cache.values, strict=True)]
+    return torch.stack([k for k, _ in layers]), torch.stack([v for _, v in layers])
 
 
 def check_cache(engine: Engine, requests: Sequence[Request]) -> int:
@@ -228,7 +226,7 @@ def check_cache(engine: Engine, requests: Sequence[Request]) -> int:
             continue
         text = request.tokens[: request.cached].tolist()
         _, keys, values = dense(engine.parts.decoder, text)
-        for found, expected in zip(gathered(engine.cache, request), (keys, values), strict=True):
+        for found, expected in zip(gathered(engine, request), (keys, values), strict=True):
             difference = (found - torch.stack(expected)).abs().amax(dim=(0, 2, 3))
             wrong = np.flatnonzero(difference.numpy() > 1e-4)
             assert not wrong.size, f"{request.id}: the cache differs from recomputation at positions {wrong.tolist()}"

@@ -19,9 +19,11 @@ from lab import CACHES
 
 import steeple.engine.judge
 import steeple.types
+import steeple.verify
+import steeple.verify.chains
+import steeple.verify.rejection
 from steeple.cache.paged import PagedCache
 from steeple.engine.engine import Engine
-from steeple.engine.judge import Judge
 from steeple.errors import InternalError
 from steeple.types import Draft
 from steeple.verify.rejection import Rejection
@@ -50,16 +52,23 @@ class Defect:
 
 
 SWAP = Defect(Rejection, "accept", "kept = u * q_token < p_token", "kept = u * p_token < q_token")
-SWAP_RESIDUAL = Defect(
-    Rejection, "_refuse", "drawn = (p - self._draft.probs[row.clamp(min=0)])", "drawn = (self._draft.probs[row] - p)"
+SWAP_OF_CHAINS = Defect(
+    steeple.verify, "reject_chains", "u * _drawn_with(draft) < p_token", "u * p_token < _drawn_with(draft)"
 )
+RESIDUAL = "(p_MV - draft.probs[row.clamp(min=0)])", "(draft.probs[row.clamp(min=0)] - p_MV)"
+SWAP_RESIDUAL = Defect(steeple.verify.rejection, "residual", *RESIDUAL)
+SWAP_RESIDUAL_OF_CHAINS = Defect(steeple.verify.chains, "residual", *RESIDUAL)
 DROP_FIRST = Defect(
     Engine, "_commit", "written = self._write(request, tokens)", "written = self._write(request, tokens[1:] or tokens)"
 )
 SAME_NODE = Defect(Rejection, "accept", "node - self._first[request]", "0")
-SAME_ROUND = Defect(steeple.engine.judge, "verify", "owner_R), seed, counter)", "owner_R), seed, counter * 0)")
+SAME_NODE_OF_CHAINS = Defect(steeple.verify, "reject_chains", "np.arange(N) - cu[owner]", "np.arange(N) * 0")
+SAME_ROUND = Defect(steeple.engine.judge, "verify", "from_numpy(counter)", "from_numpy(counter * 0)")
+SAME_ROUND_OF_CHAINS = Defect(steeple.engine.judge, "verify", "generators, counter)", "generators, counter * 0)")
 TRIM = Defect(PagedCache, "commit", "if node != depth:", "if False:")
-CU_OF_JUDGE = Defect(Judge, "_on_host", "node - base[b]", "node - base[b] - 1")
+CU_OF_JUDGE = Defect(steeple.engine.judge, "_as_lists", "node - base", "node - base - 1")
+DEAF = Defect(steeple.verify.chains, "leading", "np.flatnonzero(~kept_N)", "np.flatnonzero(~kept_N)[1:]")
+UNMOVED = Defect(Engine, "_keep_keys", "if not draft.chain:", "if False:")
 CU_OF_CONCAT = Defect(steeple.types, "concat_drafts", "cu[places] - own_cu[:-1]", "cu[places] - own_cu[:-1] - 1")
 
 
@@ -77,6 +86,10 @@ def greedy_trees() -> None:
 
 def greedy_chains() -> None:
     check_greedy("small_lm_self", TIGHT)
+
+
+def greedy_lookups() -> None:
+    check_greedy("ngram", TIGHT)
 
 
 def commits_of_trees() -> None:
@@ -98,13 +111,19 @@ def forests_of_two() -> None:
 
 
 CASES: list[tuple[str, Defect, tuple[Callable[[], None], ...]]] = [
-    ("swap p and q", SWAP, (law_of_trees, law_of_chains)),
-    ("swap p and q in the residual", SWAP_RESIDUAL, (law_of_trees, law_of_chains)),
+    ("swap p and q", SWAP, (law_of_trees,)),
+    ("swap p and q", SWAP_OF_CHAINS, (law_of_chains,)),
+    ("swap p and q in the residual", SWAP_RESIDUAL, (law_of_trees,)),
+    ("swap p and q in the residual", SWAP_RESIDUAL_OF_CHAINS, (law_of_chains,)),
     ("drop the first token", DROP_FIRST, (greedy_trees, greedy_chains, law_of_chains)),
-    ("reseed in the loop: one number for all nodes", SAME_NODE, (law_of_trees, law_of_chains)),
-    ("reseed in the loop: one number for all rounds", SAME_ROUND, (law_of_trees, law_of_chains)),
+    ("reseed in the loop: one number for all nodes", SAME_NODE, (law_of_trees,)),
+    ("reseed in the loop: one number for all nodes", SAME_NODE_OF_CHAINS, (law_of_chains,)),
+    ("reseed in the loop: one number for all rounds", SAME_ROUND, (law_of_trees,)),
+    ("reseed in the loop: one number for all rounds", SAME_ROUND_OF_CHAINS, (law_of_chains,)),
     ("trim instead of commit", TRIM, (greedy_trees, commits_of_trees, cache_of_trees)),
+    ("trim instead of commit, in the engine", UNMOVED, (greedy_trees, commits_of_trees, cache_of_trees)),
     ("off by one in the judge's cu", CU_OF_JUDGE, (greedy_trees, commits_of_trees)),
+    ("a refusal in a chain is not heard", DEAF, (greedy_lookups,)),
     ("off by one in the forest's cu", CU_OF_CONCAT, (forests_of_two,)),
 ]
 

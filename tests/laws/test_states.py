@@ -32,7 +32,8 @@ class Fragile:
 
     def __init__(self) -> None:
         self._attention = attention_backend(CPU)
-        self.write_kv = self._attention.write_kv
+        self.allocate, self.read_kv = self._attention.allocate, self._attention.read_kv
+        self.write_kv, self.move_kv = self._attention.write_kv, self._attention.move_kv
         self.calls_left = -1
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor, layout: KVLayout, **options: float) -> Tensor:

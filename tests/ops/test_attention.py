@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from steeple.errors import InternalError
-from steeple.ops.attention import PagedAttention, ReferenceAttention, move_kv, paged_attention, write_kv
-from steeple.ops.native import THIS_MACHINE, build, compiler
+from steeple.ops.attention import PagedAttention, ReferenceAttention, paged_attention
+from steeple.ops.native import LEVELS, build, compiler, level
 from steeple.ops.native_attention import NativeAttention
 from steeple.types import KVLayout
 
@@ -41,7 +40,10 @@ class Shape:
 
 @dataclass
 class Case:
-    """A step: inputs, and for every row the (slot, rotary position) of what it sees and its own rotary position."""
+    """A step: inputs, and for every row the (slot, rotary position) of what it sees and its own rotary position.
+
+    ``keys`` and ``values`` are ``[P, K, S, H]``; ``attend`` brings them into the order of a backend.
+    """
 
     q: Tensor
     keys: Tensor
@@ -101,6 +103,20 @@ def make(requests: list[Request], shape: Shape, seed: int = 0) -> Case:
     return Case(q, keys, values, layout, seen, rows["positions"])
 
 
+def cache_of(backend: PagedAttention, case: Case) -> tuple[Tensor, Tensor]:
+    P, K, S, H = case.keys.shape
+    keys, values = (x[0] for x in backend.allocate(1, P, K, S, H, case.keys.dtype, "cpu"))
+    rows = [x.transpose(1, 2).reshape(P * S, K, H) for x in (case.keys, case.values)]
+    backend.write_kv(keys, values, torch.arange(P * S), *rows)
+    return keys, values
+
+
+def attend(
+    backend: PagedAttention, case: Case, layout: KVLayout | None = None, *, scale: float = 0.2, **options: float
+) -> Tensor:
+    return backend(case.q, *cache_of(backend, case), layout or case.layout, scale=scale, **options)  # type: ignore[arg-type]
+
+
 def ints(values: object) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.int32))
 
@@ -144,6 +160,9 @@ SHAPES = [
     Shape(2, 2, 256),
     Shape(4, 2, 20),
     Shape(71, 1, 16),
+    Shape(4, 2, 32, 4),
+    Shape(2, 1, 20, 1),
+    Shape(2, 2, 34, 20),
 ]
 
 
@@ -171,11 +190,8 @@ def test_the_reference_tiles_long_prompts() -> None:
 
 def machines() -> list[tuple[str, ...]]:
     """Flags of the instruction sets that this processor has: its own, and the lesser ones it would run."""
-    known = [THIS_MACHINE, ()]
-    has_avx2 = platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    if has_avx2:
-        known.append(("-mavx2", "-mfma"))
-    return known
+    names = list(LEVELS)
+    return [LEVELS[name].flags for name in names[names.index(level()) :] if name != "native" or name == level()]
 
 
 @pytest.fixture(scope="module", params=machines(), ids=lambda flags: "".join(flags) or "portable")
@@ -187,7 +203,7 @@ def native(request: pytest.FixtureRequest) -> NativeAttention:
 
 
 def assert_twins(native: PagedAttention, case: Case, **options: float) -> None:
-    got = native(case.q, case.keys, case.values, case.layout, scale=0.2, **options)  # type: ignore[arg-type]
+    got = attend(native, case, **options)
     want = paged_attention(case.q, case.keys, case.values, case.layout, scale=0.2, **options)  # type: ignore[arg-type]
     assert got.dtype == case.q.dtype
     tolerance = 2e-5 if case.q.dtype == case.keys.dtype == torch.float32 else 1.6e-2
@@ -254,7 +270,7 @@ def test_rows_may_be_strided(native: NativeAttention) -> None:
 def test_large_scores_do_not_overflow(native: NativeAttention) -> None:
     case = make(MIXED, Shape(4, 2, 32))
     case.q = case.q * 3000
-    got = native(case.q, case.keys, case.values, case.layout, scale=1.0)
+    got = attend(native, case, scale=1.0)
     want = paged_attention(case.q, case.keys, case.values, case.layout, scale=1.0)
     torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
 
@@ -269,22 +285,51 @@ def test_a_row_depends_on_its_own_keys_alone(
     shape = Shape(4, 2, 64, dtype=dtype)
     whole = make(prompt, shape)
     threads(1)
-    want = native(whole.q, whole.keys, whole.values, whole.layout, scale=0.2)
+    want = attend(native, whole)
     for count in (2, 4):
         threads(count)
-        assert torch.equal(native(whole.q, whole.keys, whole.values, whole.layout, scale=0.2), want)
+        assert torch.equal(attend(native, whole), want)
     chain = make(decode, shape)
     assert torch.equal(chain.layout.blocks, whole.layout.blocks)
-    assert torch.equal(native(whole.q, whole.keys, whole.values, chain.layout, scale=0.2), want)
+    assert torch.equal(attend(native, whole, chain.layout), want)
     for row in (0, 17, 39):
         alone = make([Request(1400 + row, 1)], shape).layout
+        one = replace(whole, q=whole.q[row : row + 1])
         blocks = whole.layout.blocks[: alone.blocks.shape[0]]
-        got = native(whole.q[row : row + 1], whole.keys, whole.values, replace(alone, blocks=blocks), scale=0.2)
-        assert torch.equal(got[0], want[row])
+        assert torch.equal(attend(native, one, replace(alone, blocks=blocks))[0], want[row])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [16, 4, 1])
+def test_a_path_of_a_tree_rounds_as_the_same_text(native: NativeAttention, dtype: torch.dtype, block_size: int) -> None:
+    """Bit for bit: commit the path above a node, then ask for that node as text."""
+    parents = [-1, 0, -1, 2, 1, 3, 4, 4, 5, 7, 9, 9, *([11] * 40), 51, 52, 53]
+    requests = [Request(57, 1, parents), Request(509, 2, parents[:9]), Request(127, 1, parents)]
+    case = make(requests, Shape(4, 2, 32, block_size, dtype))
+    keys, values = cache_of(native, case)
+    tables = case.layout.cu_blocks.tolist()
+    for window in (0, 2, 64):
+        options = {"scale": 0.2, "window": window}
+        got = native(case.q, keys, values, case.layout, **options)  # type: ignore[arg-type]
+        for b, request in enumerate(requests):
+            table = case.layout.blocks[tables[b] : tables[b + 1]]
+            first, text_len = int(case.layout.node_row[b]), request.cached + request.text
+            for node in range(0, len(request.parents), 3):
+                way = torch.tensor(path(request.parents, node))
+                at = text_len + torch.stack((way, torch.arange(len(way))))
+                source, target = table.long()[at // block_size] * block_size + at % block_size
+                committed = keys.clone(), values.clone()
+                native.move_kv(*committed, source.contiguous(), target.contiguous())
+                text = make([Request(text_len + len(way) - 1, 1)], Shape(4, 2, 32, block_size, dtype)).layout
+                text = replace(text, blocks=table[: text.blocks.shape[0]].contiguous())
+                row = case.q[first + node : first + node + 1]
+                want = native(row, *committed, text, **options)  # type: ignore[arg-type]
+                assert torch.equal(got[first + node], want[0]), f"request {b}, node {node}, window {window}"
 
 
 def backends() -> list[PagedAttention]:
-    made = build() if compiler() else None
+    made = build(LEVELS[level()].flags) if compiler() else None
     return [ReferenceAttention(), *([NativeAttention(made.path)] if made and made.path else [])]
 
 
@@ -293,49 +338,98 @@ class TestBothTwins:
     def test_a_row_that_sees_nothing_gives_zeros(self, backend: PagedAttention) -> None:
         case = make([Request(20, 2)], Shape(2, 1, 16))
         layout = replace(case.layout, prefix=ints([0, 22]))
-        out = backend(case.q, case.keys, case.values, layout, scale=0.2)
+        out = attend(backend, case, layout)
         assert torch.equal(out[0], torch.zeros(2, 16))
         assert out[1].abs().min() > 0
 
-    def test_an_unseen_key_adds_nothing_however_large(self, backend: PagedAttention) -> None:
-        case = make([Request(20, 5)], Shape(2, 1, 16))
-        want = backend(case.q, case.keys, case.values, case.layout, scale=0.2)
-        block = int(case.layout.blocks[1])
-        case.values[block, :, 21 % 16] = 3e38
-        got = backend(case.q, case.keys, case.values, case.layout, scale=0.2)
-        assert torch.equal(got[0], want[0])
-        assert got[1].abs().min() > 1e30
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("large", [3e38, float("inf"), float("nan")])
+    @pytest.mark.parametrize(("block_size", "position"), [(16, 21), (16, 22), (4, 21)])
+    def test_an_unseen_key_adds_nothing_however_large(
+        self, backend: PagedAttention, large: float, dtype: torch.dtype, block_size: int, position: int
+    ) -> None:
+        """What a row does not see may be anything: seen by later rows, by other branches, or left by somebody else."""
+        tree = Request(20, 1, [-1, 0, 0, 1])
+        case = make([Request(20, 5), tree], Shape(2, 1, 16, block_size, dtype))
+        want = attend(backend, case)
+        first = int(case.layout.cu_blocks[1])
+
+        def slot(table: int, position: int) -> tuple[int, int]:
+            return int(case.layout.blocks[table + position // block_size]), position % block_size
+
+        seen_by_some, by_none = [slot(0, position), slot(first, 22)], [slot(0, position + 4), slot(first, 25)]
+        for block, offset in seen_by_some + by_none:
+            case.values[block, :, offset] = large
+        for block, offset in by_none:
+            case.keys[block, :, offset] = large
+        got = attend(backend, case)
+        unharmed = [0, 5, 6, 8]  # the first row of either request, node 0 and node 2
+        close = 0.0 if isinstance(backend, NativeAttention) else 1e-2  # the reference adds in another order then
+        torch.testing.assert_close(got[unharmed], want[unharmed], atol=close, rtol=0.0)
+        harmed = got[[position - 20, 7]]
+        assert not harmed.isfinite().all() or harmed.abs().max() > 1e30
 
     def test_an_empty_step(self, backend: PagedAttention) -> None:
         case = make([Request(20, 0)], Shape(2, 1, 16))
-        assert backend(case.q, case.keys, case.values, case.layout, scale=0.2).shape == (0, 2, 16)
+        assert attend(backend, case).shape == (0, 2, 16)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_write_puts_every_row_in_its_slot(self, backend: PagedAttention, dtype: torch.dtype) -> None:
-        keys, values = torch.zeros(2, 5, 3, 8, 4, dtype=dtype).unbind(0)
-        fused = torch.randn(6, 9, 4).to(dtype)
-        slots = torch.tensor([39, 0, 7, 8, 20, 13])
+    @pytest.mark.parametrize(("block_size", "head_dim"), [(8, 4), (5, 6), (1, 4), (4, 3)])
+    def test_what_is_written_is_read(
+        self, backend: PagedAttention, dtype: torch.dtype, block_size: int, head_dim: int
+    ) -> None:
+        all_keys, all_values = backend.allocate(2, 5, 3, block_size, head_dim, dtype, "cpu")
+        assert all_keys.nbytes == all_values.nbytes == 2 * 5 * 3 * block_size * head_dim * dtype.itemsize
+        keys, values = all_keys[1], all_values[1]
+        fused = torch.randn(4, 9, head_dim).to(dtype)
+        slots = torch.tensor([5 * block_size - 1, 0, 2, 3])
         backend.write_kv(keys, values, slots, fused[:, 3:6], fused[:, 6:])
-        for cache, rows in ((keys, fused[:, 3:6]), (values, fused[:, 6:])):
-            for t, slot in enumerate(slots.tolist()):
-                assert torch.equal(cache[slot // 8, :, slot % 8], rows[t])
-            assert int((cache != 0).sum()) == 6 * 3 * 4
+        everywhere = backend.read_kv(keys, values, torch.arange(5 * block_size))
+        for read, again, rows in zip(
+            everywhere, backend.read_kv(keys, values, slots), (fused[:, 3:6], fused[:, 6:]), strict=True
+        ):
+            assert torch.equal(read[slots], rows)
+            assert torch.equal(again, rows)
+            assert int((read != 0).sum()) == rows.numel(), "something else was written"
+        assert not all_keys[0].any()
+        assert not all_values[0].any()
 
     def test_write_narrows_to_the_cache(self, backend: PagedAttention) -> None:
-        keys, values = torch.zeros(2, 1, 1, 8, 4, dtype=torch.bfloat16).unbind(0)
+        keys, values = (x[0] for x in backend.allocate(1, 1, 1, 8, 4, torch.bfloat16, "cpu"))
         k = torch.randn(1, 1, 4)
-        backend.write_kv(keys, values, torch.tensor([3]), k, k)
-        assert torch.equal(keys[0, 0, 3], k[0, 0].bfloat16())
+        slot = torch.tensor([3])
+        backend.write_kv(keys, values, slot, k, -k)
+        assert torch.equal(torch.stack(backend.read_kv(keys, values, slot)), torch.stack((k, -k)).bfloat16())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_move_reads_all_before_it_writes(self, backend: PagedAttention, dtype: torch.dtype) -> None:
+        keys, values = (x[0] for x in backend.allocate(1, 3, 2, 4, 6, dtype, "cpu"))
+        everywhere = torch.arange(12)
+        k, v = torch.randn(2, 12, 2, 6).to(dtype)
+        backend.write_kv(keys, values, everywhere, k, v)
+        backend.move_kv(keys, values, torch.tensor([6, 9, 5]), torch.tensor([5, 6, 9]))
+        for read, old in zip(backend.read_kv(keys, values, everywhere), (k, v), strict=True):
+            want = old.clone()
+            want[[5, 6, 9]] = old[[6, 9, 5]]
+            assert torch.equal(read, want)
+
+    @pytest.mark.parametrize(
+        ("slots", "rows"),
+        [(torch.tensor([1, 2, 3]), 3), (torch.tensor([1, 2]).int(), 3), (torch.tensor([1, 2]), 2)],
+    )
+    def test_write_checks_shapes(self, backend: PagedAttention, slots: Tensor, rows: int) -> None:
+        keys, values = (x[0] for x in backend.allocate(1, 5, 3, 8, 4, torch.float32, "cpu"))
+        k = torch.zeros(2, rows, 4)
+        with pytest.raises(InternalError, match="Paged attention"):
+            backend.write_kv(keys, values, slots, k, k)
 
     @pytest.mark.parametrize(
         "spoil",
         [
-            lambda c: setattr(c, "keys", c.keys.transpose(2, 3).contiguous().transpose(2, 3)),
             lambda c: setattr(c, "q", c.q.transpose(0, 1).contiguous().transpose(0, 1)),
             lambda c: setattr(c, "q", c.q.half()),
             lambda c: setattr(c, "q", c.q[:-1]),
             lambda c: setattr(c, "q", torch.cat((c.q, c.q[:, :1]), dim=1)),
-            lambda c: setattr(c, "values", c.values.bfloat16()),
             lambda c: setattr(c, "layout", replace(c.layout, block_size=8)),
             lambda c: setattr(c, "layout", replace(c.layout, prefix=c.layout.prefix.long())),
             lambda c: setattr(c, "layout", replace(c.layout, ancestors=c.layout.ancestors.int())),
@@ -346,7 +440,24 @@ class TestBothTwins:
         case = make(MIXED, Shape(4, 2, 32))
         spoil(case)
         with pytest.raises(InternalError, match="Paged attention"):
-            backend(case.q, case.keys, case.values, case.layout, scale=0.2)
+            attend(backend, case)
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda keys, values: (keys, values.bfloat16()),
+            lambda keys, values: (keys, values[:-1]),
+            lambda keys, values: (keys[0], values[0]),
+            lambda keys, values: (keys.transpose(0, 1).contiguous().transpose(0, 1), values),
+        ],
+    )
+    def test_what_is_no_cache_raises(
+        self, backend: PagedAttention, spoil: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> None:
+        case = make(MIXED, Shape(4, 2, 32))
+        keys, values = spoil(*cache_of(backend, case))
+        with pytest.raises(InternalError, match="Paged attention"):
+            backend(case.q, keys, values, case.layout, scale=0.2)
 
 
 @needs_compiler
@@ -359,33 +470,15 @@ def test_native_reads_and_writes_only_inside_the_cache(native: NativeAttention) 
     short = replace(case.layout, prefix=longer)
     falling = case.layout.cu_rows.clone()
     falling[1] = 2**20
+    keys, values = cache_of(native, case)
     for layout in (replace(case.layout, blocks=outside), short, replace(case.layout, cu_rows=falling)):
         with pytest.raises(InternalError, match="Paged attention"):
-            native(case.q, case.keys, case.values, layout, scale=0.2)
+            native(case.q, keys, values, layout, scale=0.2)
     k = torch.zeros(1, 2, 32)
-    for slot in (-1, case.keys.shape[0] * 16):
+    inside = torch.tensor([0])
+    for slot in (torch.tensor([-1]), torch.tensor([case.keys.shape[0] * 16])):
         with pytest.raises(InternalError, match="outside"):
-            native.write_kv(case.keys, case.values, torch.tensor([slot]), k, k)
-
-
-def test_move_reads_all_before_it_writes() -> None:
-    keys, values = torch.randn(2, 3, 2, 4, 5).unbind(0)
-    before, before_values = keys.clone(), values.clone()
-    move_kv(keys, values, torch.tensor([6, 9, 5]), torch.tensor([5, 6, 9]))
-    for cache, old in ((keys, before), (values, before_values)):
-        assert torch.equal(cache[1, :, 1], old[1, :, 2])
-        assert torch.equal(cache[1, :, 2], old[2, :, 1])
-        assert torch.equal(cache[2, :, 1], old[1, :, 1])
-        assert int((cache != old).any(-1).sum()) == 6
-
-
-def test_write_kv_checks_shapes() -> None:
-    keys, values = torch.zeros(2, 5, 3, 8, 4).unbind(0)
-    k = torch.zeros(2, 3, 4)
-    for slots, rows in (
-        (torch.tensor([1, 2, 3]), k),
-        (torch.tensor([1, 2]).int(), k),
-        (torch.tensor([1, 2]), k[:, :2]),
-    ):
-        with pytest.raises(InternalError):
-            write_kv(keys, values, slots, rows, rows)
+            native.write_kv(keys, values, slot, k, k)
+        for places in ((slot, inside), (inside, slot)):
+            with pytest.raises(InternalError, match="outside"):
+                native.move_kv(keys, values, *places)

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from steeple.ops.law import Counts, Laws, count_text, draw, penalise, probabilities
+from steeple.ops.law import Counts, Laws, _inverse, argmax, count_text, draw, inverse, penalise, probabilities
 from steeple.types import SamplingParams
 
 V = 50
@@ -155,3 +155,49 @@ def test_draw_sees_tiny_probabilities_in_a_large_vocabulary() -> None:
     law = torch.full((1, V), 1 / V)
     assert draw(law, torch.tensor([0.999999999], dtype=torch.float64)).item() == V - 1
     assert draw(law, torch.tensor([1e-9], dtype=torch.float64)).item() == 0
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 1000, 4096])
+@pytest.mark.parametrize("right", [True, False])
+def test_inverse_equals_the_sum_over_the_whole_row(vocab: int, right: bool) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    law = torch.randn(60, vocab, generator=generator).mul_(3).softmax(-1)
+    law *= torch.rand(60, vocab, generator=generator) < 0.3
+    law[:, vocab // 2] += 1e-3
+    share = torch.rand(60, 1, generator=generator, dtype=torch.float64)
+    share[:3, 0] = torch.tensor([0.0, 1 - 2**-53, 0.5], dtype=torch.float64)
+    whole = law.double().cumsum(-1)
+    expected = torch.searchsorted(whole, share * whole[:, -1:], right=right).squeeze(1)
+    assert inverse(law, share, right=right).tolist() == expected.tolist()
+    runs = torch.nn.functional.pad(law, (0, -vocab % 64)).view(60, -1, 64)
+    assert _inverse(runs, runs.sum(-1, dtype=torch.float64), share, right).tolist() == expected.tolist()
+    alone = [int(inverse(law[i : i + 1], share[i : i + 1], right=right)) for i in range(60)]
+    assert alone == expected.tolist(), "a draw depends on its neighbours"
+
+
+def test_inverse_at_the_edge_of_a_run_finds_an_entry_of_weight() -> None:
+    """A run added up in two ways has two sums; a share between them must not lead out of the run."""
+    law = torch.randn(2000, 192, generator=torch.Generator().manual_seed(5)).mul_(8).exp_()
+    law[:, ::64] = 0.0
+    whole = law.view(2000, 3, 64).sum(-1, dtype=torch.float64).cumsum(-1)
+    share = torch.nextafter(whole[:, 1:2] / whole[:, 2:], torch.zeros(1, dtype=torch.float64))
+    runs = law.view(2000, 3, 64)
+    for found in (inverse(law, share, right=True), _inverse(runs, runs.sum(-1, dtype=torch.float64), share, True)):
+        assert (law.gather(1, found[:, None]) > 0).all()
+
+
+def test_the_first_of_equals_is_the_best() -> None:
+    rows = logits(40).round()
+    first = [(row == row.max()).nonzero()[0].item() for row in rows]
+    assert argmax(rows).tolist() == first
+
+
+@pytest.mark.parametrize("params", [PARAMS[0], PARAMS[1], PARAMS[6], PARAMS[-1]])
+def test_a_batch_of_one_kind_has_the_laws_of_a_mixed_one_to_the_last_bit(params: SamplingParams) -> None:
+    rows = logits(6, spread=5.0)
+    alike = probabilities(rows[:5], Laws.of([params] * 5), torch.arange(5))
+    mixed = probabilities(rows, Laws.of([params] * 5 + [SamplingParams(temperature=0.9, top_k=9)]), torch.arange(6))
+    assert torch.equal(alike, mixed[:5])
+    out = torch.empty(5, V)
+    assert probabilities(rows[:5], Laws.of([params] * 5), torch.arange(5), out=out) is out
+    assert torch.equal(out, alike)

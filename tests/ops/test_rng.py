@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
-from steeple.ops.rng import Stream, derive_seed, uniform
+from steeple.ops.rng import Generators, Stream, derive_seed, uniform
 
 N = 20_000
 ALPHA = 1e-6
@@ -78,3 +79,18 @@ def test_derived_seeds() -> None:
     assert len(seeds) == 100 * 100
     assert all(-(2**63) <= seed < 2**63 for seed in seeds)
     assert derive_seed(123, 4) == derive_seed(123, 4)
+
+
+@pytest.mark.parametrize("stream", Stream)
+def test_generators_are_the_same_numbers_on_the_host(stream: Stream) -> None:
+    seeds = [0, -1, 2**63 - 1, -(2**63), 77]
+    generators, counter = Generators(seeds), np.array([1, 2**40, 3, 4, 0])
+    seed = torch.tensor(seeds)
+    assert generators.uniform(counter, stream).tolist() == uniform(seed, torch.from_numpy(counter), stream).tolist()
+    lanes = generators.uniform(counter, stream, np.arange(3)[:, None])
+    for lane in range(3):
+        assert lanes[lane].tolist() == uniform(seed, torch.from_numpy(counter), stream, lane).tolist()
+    which, lane = np.array([4, 0, 0, 2]), np.array([5, 0, 63, 1])
+    found = generators.uniform(counter[which], stream, lane, which)
+    expected = uniform(seed[which], torch.from_numpy(counter[which]), stream, torch.from_numpy(lane))
+    assert found.tolist() == expected.tolist()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,9 +19,8 @@ from steeple.errors import ConfigError, TokenizerMismatch
 from steeple.proof.config import ProofConfig
 from steeple.proof.greedy import Conditions
 from steeple.proof.run import run_proof
-from steeple.types import Draft
-from steeple.verify.greedy import Greedy
-from steeple.verify.rejection import Rejection
+from steeple.types import Draft, Verdict
+from steeple.verify import chains
 
 
 @pytest.fixture(scope="module")
@@ -75,39 +75,30 @@ def test_drafts_had_a_say_in_the_samples(result: dict[str, Any], config: ProofCo
     assert result["drafters"]["ngram"]["sampling"]["drafted"] > 0.05
 
 
-def _always(node: torch.Tensor) -> torch.Tensor:
-    return torch.ones_like(node, dtype=torch.bool)
-
-
 def _accept_all(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Rejection, "accept", lambda self, request, law, node: _always(node))
+    patch.setattr(chains, "leading", lambda kept, cu: np.diff(cu))
 
 
 def _accept_all_greedy(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Greedy, "accept", lambda self, request, law, node: _always(node))
+    patch.setattr("steeple.engine.judge.chosen_nodes", lambda draft, choice: np.diff(draft.cu.numpy()))
 
 
 def _swap_p_and_q(patch: pytest.MonkeyPatch) -> None:
-    accept = Rejection.accept
+    judge, entries, drawn_with = chains.reject_chains, chains._entries, chains._drawn_with
 
-    def swapped(self: Rejection, request: torch.Tensor, law: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
-        probs, draft = self._probs, self._draft
-        if draft.probs is None:
-            return accept(self, request, law, node)
-        exchanged = probs.clone()
-        exchanged[law] = draft.probs[draft.row[node].clamp(min=0)]
-        laws = draft.probs.clone()
-        laws[draft.row[node].clamp(min=0)] = probs[law]
-        self._probs, self._draft = exchanged, replace(draft, probs=laws)
-        kept = accept(self, request, law, node)
-        self._probs, self._draft = probs, draft
-        return kept
+    def swapped(draft: Draft, probs_RV: torch.Tensor, *arguments: Any) -> Verdict:
+        row = torch.from_numpy(chains._judging_rows(draft.cu.numpy()))
+        with pytest.MonkeyPatch.context() as exchanged:
+            p, q = entries(probs_RV, row, draft.tokens), drawn_with(draft)
+            exchanged.setattr(chains, "_entries", lambda *_: q)
+            exchanged.setattr(chains, "_drawn_with", lambda _: p)
+            return judge(draft, probs_RV, *arguments)
 
-    patch.setattr(Rejection, "accept", swapped)
+    patch.setattr("steeple.verify.reject_chains", swapped)
 
 
 def _forget_the_residual(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Rejection, "_refuse", lambda self, request, law, token, row: None)
+    patch.setattr(chains, "residual", lambda p_MV, draft, refused: p_MV)
 
 
 def _declare_another_law(patch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from steeple.draft.base import chain_forest
 from steeple.ops.law import Laws, draw
-from steeple.ops.rng import Stream, uniform
+from steeple.ops.rng import Generators, Stream, uniform
 from steeple.types import Draft, SamplingParams, Verdict
 from steeple.verify import verify
+from steeple.verify.chains import chosen_nodes, greedy_chains, reject_chains
 from steeple.verify.greedy import Greedy
 from steeple.verify.rejection import Rejection
 from steeple.verify.walk import walk
@@ -80,7 +83,7 @@ def test_no_nodes_at_all() -> None:
     root, node = law_rows(draft)
     verdict = walk(draft, Greedy(draft, torch.tensor([4, 3, 2])), root, node)
     assert split(verdict) == [[4], [3], [2]]
-    assert verdict.kept.numel() == 0
+    assert verdict.kept.size == 0
 
 
 def naive_rejection(
@@ -152,17 +155,8 @@ def sample(kind: str, p: Tensor, q: Tensor, n: int = 20_000) -> Tensor:
     params = [SamplingParams(temperature=1.0)]
     laws = Laws.of(params * n)
     logits = p.log().expand(4 * n, -1)
-    verdict = verify(
-        logits,
-        draft,
-        laws,
-        owner_R=torch.arange(n).repeat_interleave(4),
-        root_law=torch.arange(n) * 4,
-        node_law=torch.arange(3 * n) + owner + 1,
-        seed=who,
-        counter=when,
-    )
-    return verdict.tokens[verdict.cu[:-1]]
+    verdict = verify(logits, draft, laws, Generators(who.tolist()), when.numpy())
+    return torch.from_numpy(verdict.tokens[verdict.cu[:-1]])
 
 
 @pytest.mark.parametrize("kind", ["drawn", "chosen", "both"])
@@ -200,16 +194,51 @@ def test_greedy_requests_beside_sampled_ones_are_greedy() -> None:
     draft = Draft(best[:1].clone(), torch.tensor([-1]), torch.tensor([0, 1, 1, 1]), torch.tensor([-1]))
     params = [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams()]
     for seed in range(20):
-        verdict = verify(
-            logits,
-            draft,
-            Laws.of(params),
-            owner_R=torch.tensor([0, 0, 1, 2]),
-            root_law=torch.tensor([0, 2, 3]),
-            node_law=torch.tensor([1]),
-            seed=torch.full((3,), seed),
-            counter=torch.tensor([5, 5, 5]),
-        )
+        verdict = verify(logits, draft, Laws.of(params), Generators([seed] * 3), np.array([5, 5, 5]))
         tokens = split(verdict)
         assert tokens[0] == best[:2].tolist()
         assert tokens[2] == [int(best[3])]
+
+
+def random_chains(numbers: np.random.Generator, generator: torch.Generator, most: int, *, even: bool) -> Draft:
+    """Chains of drawn and chosen tokens; ``even``: all of the same length."""
+    counts = np.full(7, most) if even else numbers.integers(most + 1, size=7)
+    cu, parent = chain_forest(counts)
+    n = int(cu[-1])
+    row = np.where(numbers.random(n) < 0.7, np.arange(n), -1)
+    laws = torch.randn(n, V, generator=generator).softmax(-1)
+    tokens = torch.from_numpy(numbers.integers(V, size=n))
+    return Draft(tokens, parent, cu, torch.from_numpy(row), laws if n and numbers.random() < 0.8 else None, chain=True)
+
+
+def assert_same(found: Verdict, expected: Verdict) -> None:
+    for name in ("tokens", "cu", "kept", "row"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
+
+
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_chains_are_judged_as_by_the_walk(seed: int, even: bool) -> None:
+    numbers, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    draft = random_chains(numbers, generator, seed % 5, even=even)
+    if draft.probs is None:
+        draft = replace(draft, row=torch.full_like(draft.row, -1))
+    root, node = law_rows(draft)
+    rows = 7 + draft.tokens.shape[0]
+    choice = torch.from_numpy(numbers.integers(2, size=rows))  # two tokens, so that much is right
+    draft_of_two = replace(draft, tokens=draft.tokens % 2)
+    greedy = greedy_chains(draft_of_two, choice.numpy())
+    assert_same(greedy, walk(draft_of_two, Greedy(draft_of_two, choice), root, node))
+    assert chosen_nodes(draft_of_two, choice.numpy()).tolist() == (np.diff(greedy.cu) - 1).tolist()
+    probs = torch.randn(rows, V, generator=generator).softmax(-1)
+    numbers_of = Generators(list(range(seed, seed + 7)))
+    counter = numbers.integers(100, size=7)
+    rule = Rejection(draft, probs, torch.from_numpy(numbers_of.seeds), torch.from_numpy(counter))
+    assert_same(reject_chains(draft, probs, numbers_of, counter), walk(draft, rule, root, node))
+
+
+def test_chains_that_are_as_long_only_on_average() -> None:
+    cu, parent = chain_forest(np.array([2, 1, 3]))
+    tokens = torch.tensor([1, 1, 1, 1, 1, 0])
+    draft = Draft(tokens, parent, cu, torch.full((6,), -1), chain=True)
+    assert chosen_nodes(draft, np.ones(9, dtype=np.int64)).tolist() == [2, 1, 2]

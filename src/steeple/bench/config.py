@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from steeple.config import check_range
@@ -9,6 +10,19 @@ from steeple.errors import ConfigError, did_you_mean
 
 BENCH_DTYPES = ("float32", "bfloat16", "float16")
 PLAIN = "none"
+
+
+def settle_lists(config: object, names: Sequence[str]) -> None:
+    """Make the fields ``names`` of a frozen dataclass tuples; ``ConfigError`` if one is empty or repeats a value."""
+    owner = type(config).__name__
+    for name in names:
+        values = getattr(config, name)
+        values = (values,) if isinstance(values, (str, int, float)) else tuple(values)
+        if not values:
+            raise ConfigError(f"{owner}.{name} is empty; give at least one value.")
+        if len(set(values)) != len(values):
+            raise ConfigError(f"{owner}.{name} = {values!r} names a value twice; remove one.")
+        object.__setattr__(config, name, values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +59,7 @@ class BenchConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("drafters", "batch", "context", "temperature"):
-            values = getattr(self, name)
-            values = (values,) if isinstance(values, (str, int, float)) else tuple(values)
-            if not values:
-                raise ConfigError(f"BenchConfig.{name} is empty; give at least one value.")
-            if len(set(values)) != len(values):
-                raise ConfigError(f"BenchConfig.{name} = {values!r} names a value twice; remove one.")
-            object.__setattr__(self, name, values)
+        settle_lists(self, ("drafters", "batch", "context", "temperature"))
         for batch in self.batch:
             check_range("BenchConfig", "batch", batch, 1, 65536)
         for context in self.context:

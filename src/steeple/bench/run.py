@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from steeple.bench.config import PLAIN, BenchConfig
-from steeple.bench.floor import matrix_parameters, plain_step
+from steeple.bench.floor import step_cost
 from steeple.bench.plots import write_plots
 from steeple.bench.rows import Identity, cell_rows
 from steeple.bench.workload import Cell, Workload, cells, turns
@@ -93,7 +93,7 @@ class _Bench:
 
     def __init__(self, config: BenchConfig, workload: Workload, target: LoadedModel) -> None:
         self._config, self._workload, self._target = config, workload, target
-        self.parameters = matrix_parameters(target.decoder, target.decoder.config)
+        self.parameters = target.decoder.multiplied_parameters
         self._engines = _engines(config, workload, target)
         self._exact = _Exact(config, workload)
 
@@ -126,8 +126,8 @@ class _Bench:
     def _floor(self, cell: Cell, hardware: Hardware) -> float:
         dtype = self._target.decoder.dtype
         middle = cell.context + self._config.max_tokens / 2
-        cost = plain_step(self._target.decoder.config, self.parameters, dtype.itemsize, cell.batch, middle)
-        return cost.seconds(hardware, self._config.dtype)
+        cost = step_cost(self._target.decoder.config, self.parameters, dtype.itemsize, batch=cell.batch, context=middle)
+        return cost.total.seconds(hardware, self._config.dtype)
 
     def _identity(self, cell: Cell, method: str, runs: dict[str, list[Run]]) -> Identity:
         if cell.temperature > 0:

@@ -6,7 +6,7 @@ moves the accepted path to its place (nothing moves for a chain) and drops the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +17,7 @@ from torch import Tensor
 from steeple.cache.blocks import ROOT, BlockPool, block_name
 from steeple.config import ModelConfig
 from steeple.errors import InternalError
-from steeple.ops.attention import move_kv, write_kv
-from steeple.ops.memory import zeros
+from steeple.ops.attention import PagedAttention
 from steeple.types import Batch, CacheSpec, KVView
 
 
@@ -32,7 +31,7 @@ class _Sequence:
 
 class PagedCache:
     """Args: config: whose keys; blocks x block_size positions in all; dtype of the keys;
-        write: ``write_kv`` of the attention in use.
+        attention: who will read them; it decides how they lie. scratch: room for rows that are no request's.
 
     Memory: ``blocks * block_size * spec.bytes_per_token``, reserved at once; a CPU's pages are taken when written.
     """
@@ -46,16 +45,18 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         share_prefixes: bool = True,
-        write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = write_kv,
+        attention: PagedAttention,
+        scratch: bool = False,
     ) -> None:
         self.block_size = block_size
         self.device = torch.device(device)
-        shape = (config.num_layers, blocks, config.num_kv_heads, block_size, config.head_dim)
-        self.keys = zeros(shape, dtype, self.device)
-        self.values = zeros(shape, dtype, self.device)
+        # Rows that only fill a recorded forward up to its size write behind the last block that a request can have.
+        self.scratch_slot = blocks * block_size if scratch else None
+        sizes = (config.num_layers, blocks + scratch, config.num_kv_heads, block_size, config.head_dim)
+        self.keys, self.values = attention.allocate(*sizes, dtype, self.device)
         self.spec = CacheSpec(config.kv_elements_per_token * dtype.itemsize, exact=True)
         self.pool = BlockPool(blocks)
-        self._share, self._write = share_prefixes, write
+        self._share, self.attention = share_prefixes, attention
         self._sequences: dict[str, _Sequence] = {}
         # Views per layer, made once: indexing [layer] costs a dispatch in every call.
         self._layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
@@ -108,7 +109,11 @@ class PagedCache:
     def stage(self, layer: int, batch: Batch, k_TKH: Tensor, v_TKH: Tensor) -> None:
         """Write the rows' keys and values, ``[T, K, H]``, at their slots."""
         keys, values = self._layers[layer]
-        self._write(keys, values, batch.slots, k_TKH, v_TKH)
+        self.attention.write_kv(keys, values, batch.slots, k_TKH, v_TKH)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, as ``attention`` keeps them."""
+        return self._layers[index]
 
     def view(self, layer: int, batch: Batch) -> KVView:
         """Committed and pending keys of the batch."""
@@ -129,9 +134,14 @@ class PagedCache:
             if self._share:
                 self._remember(sequence, text, length + len(nodes))
         if source:
-            device = self.device
+            places = torch.tensor(source, device=self.device), torch.tensor(target, device=self.device)
             for keys, values in self._layers:
-                move_kv(keys, values, torch.tensor(source, device=device), torch.tensor(target, device=device))
+                self.attention.move_kv(keys, values, *places)
+
+    def name_full(self, request_id: str, text: NDArray[np.int64], cached: int) -> None:
+        """Commit where no key moves: name the blocks that ``cached`` positions of ``text`` fill."""
+        if self._share:
+            self._remember(self._sequences[request_id], text, cached)
 
     def _slot(self, sequence: _Sequence, position: int) -> int:
         return sequence.blocks[position // self.block_size] * self.block_size + position % self.block_size

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import typer
@@ -18,19 +20,53 @@ COMMANDS = {
     "convert": ("steeple.cli.convert", "Turn a GGUF or llama2.c checkpoint into a Hugging Face folder."),
 }
 TRAIN = {"lm": ("steeple.cli.train", "Train a language model from scratch; resumable.")}
+BENCH = {"step": ("steeple.cli.bench_step", "Time one step, part by part, against the machine's floor.")}
+BELOW = {"bench": BENCH}
+"""Commands that are one by themselves and have others below them."""
 
 
 class LazyCommand(TyperCommand):
-    """Stands for a command in the list, and imports its module once it is called."""
+    """Stands for a command in the list, and imports its module once it is called.
 
-    def __init__(self, name: str, module: str, help: str) -> None:
+    Args:
+        below: commands below this one, as in ``COMMANDS``.
+    """
+
+    def __init__(
+        self, name: str, module: str, help: str, below: Mapping[str, tuple[str, str]] = MappingProxyType({})
+    ) -> None:
         super().__init__(name, help=help)
-        self._module = module
+        self._module, self._below = module, below
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """The context of the real command, which then runs instead of this one."""
         app: typer.Typer = importlib.import_module(self._module).app
-        return typer.main.get_command(app).make_context(info_name, args, parent, **extra)
+        real = _group(_opened(app, self.help or ""), self._below) if self._below else typer.main.get_command(app)
+        return real.make_context(info_name, args, parent, **extra)
+
+
+def _opened(app: typer.Typer, help: str) -> typer.Typer:
+    """A group that, without the name of a command below it, is the one command of ``app``."""
+    own = app.registered_commands[0].callback
+    assert own is not None  # ``command`` registered it
+
+    @functools.wraps(own)
+    def call(typer_context: typer.Context, **values: Any) -> None:
+        below = typer_context.invoked_subcommand
+        if below is None:
+            own(typer_context, **values)
+        given = [name for name in values if _explicit(typer_context, name)]
+        if given:
+            raise typer.BadParameter(f"--{given[0].replace('_', '-')} stands before {below}; put it behind.")
+
+    group = typer.Typer(add_completion=False, pretty_exceptions_enable=False, subcommand_metavar="[COMMAND]")
+    group.callback(invoke_without_command=True, help=help)(call)
+    return group
+
+
+def _explicit(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -49,10 +85,10 @@ def root() -> TyperGroup:
     return group
 
 
-def _group(app: typer.Typer, commands: dict[str, tuple[str, str]]) -> TyperGroup:
+def _group(app: typer.Typer, commands: Mapping[str, tuple[str, str]]) -> TyperGroup:
     group = typer.main.get_group(app)
     for name, (module, help_) in commands.items():
-        group.add_command(LazyCommand(name, module, help_))
+        group.add_command(LazyCommand(name, module, help_, BELOW.get(name, {})))
     return group
 
 

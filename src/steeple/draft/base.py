@@ -51,6 +51,7 @@ class Surroundings:
     model_folder: Path | None = None
     share_prefixes: bool = True
     kernels: Kernels = field(default_factory=Kernels)
+    graphs: bool = False
 
 
 class Drafter(Protocol):
@@ -92,16 +93,17 @@ class DrafterConfig(Protocol):
 
 def chains(tokens: Sequence[NDArray[np.int64]], device: torch.device | str) -> Draft:
     """A forest of chosen (not drawn) chains, one per request, maybe empty."""
-    counts = np.fromiter((t.shape[0] for t in tokens), np.int64, len(tokens))
+    counts = np.fromiter(map(len, tokens), np.int64, len(tokens))
+    cu, parent = chain_forest(counts)
     flat = np.concatenate(tokens) if len(tokens) else np.zeros(0, dtype=np.int64)
-    device_tokens = torch.from_numpy(flat.astype(np.int64)).to(device)
-    cu = torch.from_numpy(np.concatenate(([0], np.cumsum(counts))))
-    return Draft(device_tokens, chain_parents(cu), cu, torch.full_like(device_tokens, -1))
+    device_tokens = torch.from_numpy(flat.astype(np.int64, copy=False)).to(device)
+    return Draft(device_tokens, parent, cu, torch.full_like(device_tokens, -1), chain=True)
 
 
-def chain_parents(cu: Tensor) -> Tensor:
-    """Parents of chains with offsets ``cu``: each node hangs on the one before it, the first on the root."""
-    parent = torch.arange(-1, int(cu[-1]) - 1)
-    first = cu[:-1][cu.diff() > 0]
-    parent[first] = -1
-    return parent
+def chain_forest(counts: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Offsets and parents of chains of ``counts[b]`` nodes: each hangs on the one before it, the first on the root."""
+    cu = np.zeros(counts.shape[0] + 1, dtype=np.int64)
+    counts.cumsum(out=cu[1:])
+    parent = np.arange(-1, int(cu[-1]) - 1)
+    parent[cu[:-1][counts > 0]] = -1
+    return torch.from_numpy(cu), torch.from_numpy(parent)

@@ -55,19 +55,24 @@ class _Index:
 
     def extend(self, text: NDArray[np.int64]) -> None:
         """Index the n-grams that have a successor in ``text``; those that end it are looked up, not stored."""
-        raw = text.tobytes()
-        size = text.itemsize
-        for end in range(max(self._done, 1), len(text)):
+        size, first = text.itemsize, max(self._done, 1)
+        from_ = max(first - self._longest, 0)
+        raw = text[from_:].tobytes()
+        for end in range(first, len(text)):
+            at = (end - from_) * size
             for length, ends in enumerate(self._ends, self._shortest):
                 if length > end:
                     break
-                ends[raw[(end - length) * size : end * size]] = end
+                ends[raw[at - length * size : at]] = end
         self._done = len(text)
 
     def lookup(self, text: NDArray[np.int64]) -> int | None:
         """Position after the latest occurrence of the longest suffix seen before."""
-        for length in range(min(self._longest, len(text) - 1), self._shortest - 1, -1):
-            end = self._ends[length - self._shortest].get(text[-length:].tobytes())
+        size = text.itemsize
+        longest = min(self._longest, len(text) - 1)
+        raw = text[len(text) - longest :].tobytes()
+        for length in range(longest, self._shortest - 1, -1):
+            end = self._ends[length - self._shortest].get(raw[(longest - length) * size :])
             if end is not None:
                 return end
         return None
@@ -93,7 +98,7 @@ class NGram:
 
     def _continuation(self, request: Request, nodes: int) -> NDArray[np.int64]:
         if nodes == 0:
-            return np.zeros(0, dtype=np.int64)
+            return request.tokens[:0]
         index = self._indices.get(request.id)
         if index is None:
             index = self._indices[request.id] = _Index(self.config.min_match, self.config.max_match)
@@ -101,10 +106,10 @@ class NGram:
         index.extend(text)
         start = index.lookup(text)
         if start is None:
-            return np.zeros(0, dtype=np.int64)
+            return text[:0]
         # A loop of period p continues with itself: position len(text) + i repeats start + i, wrapped to the period.
         period = len(text) - start
-        return text[start + np.arange(nodes) % period]
+        return text[start : start + nodes] if period >= nodes else text[start + np.arange(nodes) % period]
 
     def observe(self, requests: Sequence[Request], batch: Batch, kept: Sequence[Sequence[int]], hidden: Hidden) -> None:
         """Nothing to learn: the text says it all."""

@@ -13,20 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from steeple import hf
-from steeple.cache.batch import Span, make_batch
+from steeple.cache.batch import BatchMaker, Ints
 from steeple.cache.paged import PagedCache
 from steeple.config import check_range
-from steeple.draft.base import Drafter, Needs, Surroundings, chain_parents
+from steeple.draft.base import Drafter, Needs, Surroundings, chain_forest
 from steeple.errors import ConfigError
+from steeple.model.accelerate import accelerate
 from steeple.model.decoder import Decoder, Hidden
 from steeple.model.load import load_decoder
 from steeple.model.run import Runner
-from steeple.ops.law import Counts, Laws, count_text, draw, penalise, probabilities
-from steeple.ops.rng import Stream, uniform
+from steeple.ops.law import Counts, SamplingBatch, argmax, count_text, draw, penalise, probabilities
+from steeple.ops.rng import Stream
 from steeple.request import Request
 from steeple.types import MAX_NODES, Batch, Draft
 
@@ -66,19 +66,27 @@ def _sibling(around: Surroundings) -> Path:
 
 @dataclass(slots=True)
 class _State:
-    """What the small model's cache holds of a request: ``cached`` positions of text, then the last draft's nodes."""
+    """What the small model's cache holds of a request: ``cached`` positions of text, then the last draft's nodes.
+
+    ``named`` of its blocks are known to be full of text; it has ``room`` for so many positions.
+    """
 
     cached: int
-    nodes: NDArray[np.int64]
+    named: int
+    room: int = 0
+    nodes: list[int] = field(default_factory=list)
 
-    def settle(self, text: NDArray[np.int64]) -> None:
+    def settle(self, request: Request) -> None:
         """Count those nodes that became text; whatever happened in between, the text decides."""
-        after = text[self.cached : self.cached + len(self.nodes)]
-        same = self.nodes[: len(after)] == after
-        self.cached += len(same) if same.all() else int(same.argmin())
+        if self.nodes:
+            after = request.tokens[self.cached : self.cached + len(self.nodes)].tolist()
+            for node, token in zip(self.nodes, after, strict=False):
+                if node != token:
+                    break
+                self.cached += 1
+            self.nodes = []
         # The root is fed again if its round came to nothing (the target's forward failed).
-        self.cached = min(self.cached, len(text) - 1)
-        self.nodes = self.nodes[:0]
+        self.cached = min(self.cached, len(request) - 1)
 
 
 class SmallLM:
@@ -90,6 +98,8 @@ class SmallLM:
         # Of two models with one tokenizer the target's vocabulary may be padded further: what is beyond reads as this.
         self._last_token = decoder.config.vocab_size - 1
         self._states: dict[str, _State] = {}
+        self._sampling = SamplingBatch.of(())
+        self._ones: Ints = np.ones(0, dtype=np.int64)
 
     @property
     def needs(self) -> Needs:
@@ -106,72 +116,98 @@ class SmallLM:
             dtype=around.dtype,
             device=around.device,
             share_prefixes=around.share_prefixes,
-            write=around.attention.write_kv,
+            attention=around.attention,
+            scratch=around.device.type == "cuda",
         )
         self._runner = Runner(self._decoder, self.cache, around.attention)
+        accelerate(self._runner, graphs=around.graphs)
+        self._maker = BatchMaker(around.block_size, around.device)
 
+    @torch.inference_mode()
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> Draft:
         """A chain of up to ``budget[b]`` nodes each; requests for which its cache has no room get none."""
         nodes = [n if n and self._admit(r, n) else 0 for r, n in zip(requests, budget, strict=True)]
         places = [b for b, n in enumerate(nodes) if n]
         if not places:
             return Draft.empty(len(requests), self._around.device)
-        chain = _Chain([requests[b] for b in places], [nodes[b] for b in places], self._vocab, self._around.device)
-        chain.extend(self._catch_up(chain.requests))
+        drafted = [requests[b] for b in places]
+        if self._sampling.requests != drafted:
+            self._sampling = SamplingBatch.of(drafted, self._around.device)
+            self._ones = np.ones(len(drafted), dtype=np.int64)
+        chain = _Chain(self._sampling, [nodes[b] for b in places], self._runner, self._vocab)
+        rows = _Rows.of(drafted, self.cache)
+        chain.extend(self._catch_up(rows))
         for depth in range(1, max(nodes)):
-            chain.extend(self._advance(chain, depth))
-        for request, drawn in zip(chain.requests, chain.nodes(), strict=True):
-            self._states[request.id].nodes = drawn[:-1]  # the last node was never an input
-        return chain.draft(nodes)
+            chain.extend(self._advance(rows, chain, depth))
+        table = chain.table()
+        for name, count, drawn in zip(rows.ids, chain.budget.tolist(), table.tolist(), strict=True):
+            self._states[name].nodes = drawn[: count - 1]  # the last node was never an input
+        return chain.draft(table, nodes)
 
     def _admit(self, request: Request, nodes: int) -> bool:
         state = self._states.get(request.id)
         if state is None:
             found = self.cache.attach(request.id, request.tokens)
-            state = self._states[request.id] = _State(found, np.zeros(0, dtype=np.int64))
-        state.settle(request.tokens)
-        return self.cache.reserve(request.id, len(request) + nodes - 1)
+            state = self._states[request.id] = _State(found, found // self.cache.block_size)
+        state.settle(request)
+        length = len(request) + nodes - 1
+        if length > state.room:
+            if not self.cache.reserve(request.id, length):
+                return False
+            state.room = self.cache.blocks_for(length) * self.cache.block_size
+        return True
 
-    def _catch_up(self, requests: Sequence[Request]) -> Tensor:
+    def _catch_up(self, rows: _Rows) -> Tensor:
         """Feed the text that the small model has not seen, in steps of bounded size; hidden of each newest token."""
-        last: dict[int, Tensor] = {}
-        while len(last) < len(requests):
-            room = self._around.step_tokens
-            spans, who, done = [], [], []
-            for place, request in enumerate(requests):
-                if place in last or room == 0:
-                    continue
-                state = self._states[request.id]
-                text = np.minimum(request.tokens[state.cached : state.cached + room], self._last_token)
-                room -= len(text)
-                spans.append(Span(request.id, state.cached, text, self.cache.table(request.id)))
-                who.append(place)
-                done.append(state.cached + len(text) == len(request))
-            hidden = self._forward(spans, [requests[place] for place in who])
-            end = np.cumsum([len(s.tokens) for s in spans]) - 1
-            for span, place, row, complete in zip(spans, who, end.tolist(), done, strict=True):
-                self._states[requests[place].id].cached = span.start + len(span.tokens)
-                if complete:
-                    last[place] = hidden[row]
-        return self._runner.logits(torch.stack([last[place] for place in range(len(requests))]))
+        states = [self._states[id] for id in rows.ids]
+        starts = np.fromiter((s.cached for s in states), np.int64, len(states))
+        unread = rows.lengths - starts
+        if unread.max() == 1:
+            hidden_BD = self._forward(rows, starts, self._ones, np.array([r.newest for r in rows.requests]))
+        elif unread.sum() <= self._around.step_tokens:
+            text = np.concatenate([r.tokens[s.cached :] for r, s in zip(rows.requests, states, strict=True)])
+            hidden_TD = self._forward(rows, starts, unread, text)
+            hidden_BD = hidden_TD[torch.from_numpy(np.cumsum(unread) - 1).to(hidden_TD.device)]
+        else:
+            hidden_BD = self._catch_up_in_steps(rows, states)
+        size = self.cache.block_size
+        for request, state in zip(rows.requests, states, strict=True):
+            state.cached = len(request)
+            # Only verified text is ever named and shared; the nodes behind it stay this request's own.
+            if state.cached // size > state.named:
+                state.named = state.cached // size
+                self.cache.name_full(request.id, request.tokens, state.cached)
+        return hidden_BD
 
-    def _advance(self, chain: _Chain, depth: int) -> Tensor:
+    def _catch_up_in_steps(self, rows: _Rows, states: Sequence[_State]) -> Tensor:
+        last: dict[int, Tensor] = {}
+        while len(last) < len(states):
+            room, who, texts = self._around.step_tokens, [], []
+            for place, (request, state) in enumerate(zip(rows.requests, states, strict=True)):
+                if place not in last and room:
+                    who.append(place)
+                    texts.append(request.tokens[state.cached : state.cached + room])
+                    room -= len(texts[-1])
+            starts = np.array([states[place].cached for place in who])
+            counts = np.array([len(text) for text in texts])
+            hidden = self._forward(rows.at(who), starts, counts, np.concatenate(texts))
+            for place, count, end in zip(who, counts.tolist(), np.cumsum(counts).tolist(), strict=True):
+                states[place].cached += count
+                if states[place].cached == len(rows.requests[place]):
+                    last[place] = hidden[end - 1]
+        return torch.stack([last[place] for place in range(len(states))])
+
+    def _advance(self, rows: _Rows, chain: _Chain, depth: int) -> Tensor:
         """One more token of every chain that wants it."""
         active = chain.active(depth)
-        requests = [chain.requests[place] for place in active]
-        spans = []
-        for place, request in zip(active, requests, strict=True):
-            token = chain.tokens[depth - 1][place : place + 1]
-            spans.append(Span(request.id, len(request) + depth - 1, token, self.cache.table(request.id)))
-        return self._runner.logits(self._forward(spans, requests))
+        starts, tokens = rows.lengths + (depth - 1), chain.tokens[depth - 1]
+        if active.shape[0] == tokens.shape[0]:
+            return self._forward(rows, starts, self._ones, tokens)
+        return self._forward(rows.at(active.tolist()), starts[active], self._ones[active], tokens[active])
 
-    def _forward(self, spans: Sequence[Span], requests: Sequence[Request]) -> Tensor:
-        draft = Draft.empty(len(spans), self._around.device)
-        batch = make_batch(spans, draft, self.cache.block_size, self._around.device)
-        hidden = self._runner.forward(batch).final_TD
-        # Only verified text is ever named and shared; the nodes behind it stay this request's own.
-        self.cache.commit(batch, [()] * len(spans), [r.tokens for r in requests])
-        return hidden
+    def _forward(self, rows: _Rows, starts: Ints, counts: Ints, tokens: Ints) -> Tensor:
+        tokens = np.minimum(tokens, self._last_token)
+        return self._runner.forward(self._maker.make(rows.ids, rows.tables, starts, counts, tokens, rows.none)).final_TD
 
     def observe(self, requests: Sequence[Request], batch: Batch, kept: Sequence[Sequence[int]], hidden: Hidden) -> None:
         """Nothing: the next proposal settles its cache by comparing its nodes with the text."""
@@ -185,67 +221,112 @@ class SmallLM:
         self.cache.check_integrity(idle=True)
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The requests of a round as the small model's batches want them; ``none``: a forest without nodes."""
+
+    requests: list[Request]
+    ids: list[str]
+    tables: list[Sequence[int]]
+    lengths: Ints
+    none: Draft
+
+    @staticmethod
+    def of(requests: list[Request], cache: PagedCache) -> _Rows:
+        ids = [r.id for r in requests]
+        lengths = np.fromiter(map(len, requests), np.int64, len(requests))
+        return _Rows(requests, ids, [cache.table(id) for id in ids], lengths, Draft.empty(len(ids)))
+
+    def at(self, places: list[int]) -> _Rows:
+        """Some of them."""
+        return _Rows(
+            [self.requests[b] for b in places],
+            [self.ids[b] for b in places],
+            [self.tables[b] for b in places],
+            self.lengths[places],
+            Draft.empty(len(places)),
+        )
+
+
 class _Chain:
     """Chains under construction, one per request, drawn from the processed law of the small model's logits."""
 
-    def __init__(
-        self, requests: Sequence[Request], budget: Sequence[int], vocab: int, device: torch.device | str
-    ) -> None:
-        self.requests, self._budget, self._vocab = requests, np.asarray(budget), vocab
-        self.tokens: list[NDArray[np.int64]] = []  # per depth [B]
-        self._laws = Laws.of([r.params for r in requests], device)
-        self._probs: list[tuple[list[int], Tensor]] = []  # per depth: places whose token was drawn, their laws
-        self._seed = torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device)
-        self._counter = torch.tensor([len(r) for r in requests], dtype=torch.int64, device=device)
+    def __init__(self, sampling: SamplingBatch, budget: Sequence[int], runner: Runner, vocab: int) -> None:
+        self.budget: Ints = np.array(budget)
+        self.tokens: list[Ints] = []  # per depth [B]
+        self._everyone, self._shortest = np.arange(len(budget)), min(budget)
+        self._sampling, self._runner, self._vocab = sampling, runner, vocab
+        self._drawn: list[Ints] = []  # per depth: the chains that got a node
+        requests, laws = sampling.requests, sampling.laws
+        self._device = laws.temperature.device
         self._counts: Counts | None = None
-        if self._laws.penalised:
+        if laws.penalised:
             texts = [(r.tokens[: r.prompt_len], r.output) for r in requests]
-            self._counts = count_text([t[0] for t in texts], [t[1] for t in texts], vocab, device)
+            self._counts = count_text([t[0] for t in texts], [t[1] for t in texts], vocab, self._device)
+        self._probs: Tensor | None = None
+        if not laws.all_greedy:
+            counter = np.fromiter(map(len, requests), np.int64, len(requests))
+            lanes = np.arange(int(self.budget.max()))[:, None]
+            self._uniform = sampling.generators.uniform(counter, Stream.DRAFT, lanes)
+            self._probs = torch.empty(int(self.budget.sum()), vocab, device=self._device)
+            self._written = 0  # rows of the laws
 
-    def active(self, depth: int) -> list[int]:
+    def active(self, depth: int) -> Ints:
         """Places whose budget asks for a node at ``depth``."""
-        return np.flatnonzero(self._budget > depth).tolist()
+        return self._everyone if depth < self._shortest else np.flatnonzero(self.budget > depth)
 
-    def extend(self, logits_RV: Tensor) -> None:
-        """Draw (or choose) the next node of every active chain from its logits."""
-        depth = len(self.tokens)
-        places = self.active(depth)
-        owner = torch.tensor(places, dtype=torch.int64, device=logits_RV.device)
-        logits = _fit(logits_RV, self._vocab)
+    def extend(self, hidden_RD: Tensor) -> None:
+        """Draw (or choose) the next node of every active chain."""
+        places = self.active(len(self.tokens))
+        # A model that knows more tokens than the target must be kept from choosing them.
+        small = self._runner.decoder.config.vocab_size <= self._vocab
+        if self._probs is None and self._counts is None and small:
+            drawn = self._runner.best(hidden_RD)
+        else:
+            drawn = self._draw(_fit(self._runner.logits(hidden_RD), self._vocab), places)
+        found = drawn.cpu().numpy()
+        if places.shape[0] < self.budget.shape[0]:
+            column = np.zeros(self.budget.shape[0], dtype=np.int64)
+            column[places] = found
+            found = column
+        self.tokens.append(found)
+        self._drawn.append(places)
+
+    def _draw(self, logits_RV: Tensor, places: Ints) -> Tensor:
+        """The next nodes from their logits; their laws go to the rows of the draft."""
+        depth, laws = len(self.tokens), self._sampling.laws
+        owner = torch.from_numpy(places).to(self._device)
         if self._counts is not None:
             counts = Counts(self._counts.prompt[owner], self._counts.output[owner])
-            logits = penalise(logits, self._laws, owner, counts)
-        if self._laws.all_greedy:
-            drawn = logits.argmax(dim=-1)
+            logits_RV = penalise(logits_RV, laws, owner, counts)
+        if self._probs is None:
+            drawn = argmax(logits_RV)
         else:
-            probs = probabilities(logits, self._laws, owner)
-            drawn = draw(probs, uniform(self._seed[owner], self._counter[owner], Stream.DRAFT, depth))
-            sampled = [i for i, place in enumerate(places) if not self.requests[place].params.greedy]
-            self._probs.append(([places[i] for i in sampled], probs[sampled]))
+            own = self._probs[self._written : self._written + places.shape[0]]
+            self._written += places.shape[0]
+            probabilities(logits_RV, laws, owner, out=own)
+            drawn = draw(own, torch.from_numpy(self._uniform[depth][places]).to(self._device))
         if self._counts is not None:
             self._counts.add(owner, drawn)
-        column = np.zeros(len(self.requests), dtype=np.int64)
-        column[places] = drawn.cpu().numpy()
-        self.tokens.append(column)
+        return drawn
 
-    def nodes(self) -> list[NDArray[np.int64]]:
-        """The chain of each request."""
-        table = np.stack(self.tokens, axis=1)
-        return [table[place, :budget] for place, budget in enumerate(self._budget.tolist())]
+    def table(self) -> Ints:
+        """The chains, ``[B, deepest]``; each is as long as its budget."""
+        return np.stack(self.tokens, axis=1)
 
-    def draft(self, counts: Sequence[int]) -> Draft:
+    def draft(self, table: Ints, counts: Sequence[int]) -> Draft:
         """The forest over all requests of the step: ``counts[b]`` nodes, 0 for those without a chain."""
-        device = self._laws.temperature.device
-        cu = torch.from_numpy(np.concatenate(([0], np.cumsum(np.asarray(counts, dtype=np.int64)))))
-        tokens = torch.from_numpy(np.concatenate(self.nodes())).to(device)
-        first = np.concatenate(([0], np.cumsum(self._budget)))
-        row = np.full(tokens.shape[0], -1, dtype=np.int64)
-        base = 0
-        for depth, (places, _) in enumerate(self._probs):
-            row[first[places] + depth] = base + np.arange(len(places))
-            base += len(places)
-        laws = torch.cat([p for _, p in self._probs]) if base else None
-        return Draft(tokens, chain_parents(cu), cu, torch.from_numpy(row).to(device), laws)
+        cu, parent = chain_forest(np.array(counts))
+        real = np.arange(table.shape[1]) < self.budget[:, None]
+        rows = np.full(table.shape, -1, dtype=np.int64)
+        if self._probs is not None:
+            sampled = np.array([not r.params.greedy for r in self._sampling.requests])
+            base = 0
+            for depth, places in enumerate(self._drawn):
+                rows[places, depth] = np.where(sampled[places], np.arange(base, base + places.shape[0]), -1)
+                base += places.shape[0]
+        flat, row = torch.from_numpy(table[real]), torch.from_numpy(rows[real])
+        return Draft(flat.to(self._device), parent, cu, row.to(self._device), self._probs, chain=True)
 
 
 def _fit(logits_RV: Tensor, vocab: int) -> Tensor:

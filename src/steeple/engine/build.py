@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,23 @@ import torch
 
 from steeple import hf
 from steeple.cache.paged import PagedCache
-from steeple.draft.base import Drafter, DrafterConfig, Surroundings
+from steeple.draft.base import DrafterConfig, Surroundings
 from steeple.engine.config import EngineConfig
 from steeple.engine.engine import Engine, EngineParts
 from steeple.errors import ConfigError
 from steeple.hardware import available_memory, pick_device
 from steeple.model.decoder import Decoder
 from steeple.model.load import load_decoder
+from steeple.model.quantize import quantize_weights
 from steeple.ops.attention import PagedAttention
 from steeple.ops.kernels import Kernels, kernels
 from steeple.ops.native_attention import attention_backend
 from steeple.plan.memory import plan_cache
 
 MOST_REQUESTS = 256
+
+# EngineConfig.weights -> what is done to the decoder as loaded
+PREPARE: dict[str, Callable[[Decoder], None]] = {"stored": lambda _decoder: None, "int8": quantize_weights}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +44,32 @@ class LoadedModel:
 
 def load_model(model: str, config: EngineConfig) -> LoadedModel:
     """The target ``model`` (folder, hub name, or ``demo``) in the engine's dtype, on its device."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = pick_device(config.device)
+    device = prepare_device(config)
     folder = hf.resolve(model)
     decoder = load_decoder(
         folder, dtype=getattr(torch, config.dtype), device=device, max_context=config.max_context or None
     )
+    return equipped(decoder, config, folder, hf.load_tokenizer(folder))
+
+
+def prepare_device(config: EngineConfig) -> torch.device:
+    """The device to load to, with the process set up for it."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched on the current device
+    return device
+
+
+def equipped(decoder: Decoder, config: EngineConfig, folder: Path, tokenizer: Any) -> LoadedModel:
+    """``decoder`` as the engine wants it: quantised if asked for, its weights packed, with an attention."""
+    PREPARE[config.weights](decoder)
     native = None if config.native else False
-    operations = kernels(device, native)
+    operations = kernels(decoder.device, native)
     decoder.use(operations)
-    attention = attention_backend(device, native)
-    return LoadedModel(folder, decoder, hf.load_tokenizer(folder), attention, operations, device)
+    attention = attention_backend(decoder.device, native)
+    return LoadedModel(folder, decoder, tokenizer, attention, operations, decoder.device)
 
 
 def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConfig | None = None) -> Engine:
@@ -61,22 +80,7 @@ def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConf
         loaded = str(target.decoder.dtype).removeprefix("torch.")
         raise ConfigError(f"EngineConfig.dtype = {config.dtype!r}, but the model was loaded in {loaded}; give that.")
     max_context = min(config.max_context or shape.max_context, shape.max_context)
-    built: Drafter | None = None
-    if drafter is not None:
-        built = drafter.build(
-            Surroundings(
-                decoder=target.decoder,
-                tokenizer=target.tokenizer,
-                attention=target.attention,
-                kernels=target.kernels,
-                device=target.device,
-                dtype=dtype,
-                block_size=config.block_size,
-                step_tokens=config.step_tokens,
-                model_folder=target.folder,
-                share_prefixes=config.share_prefixes,
-            )
-        )
+    built = None if drafter is None else drafter.build(_surroundings(target, config, dtype))
     per_token = shape.kv_elements_per_token * dtype.itemsize
     sizes = plan_cache(
         available=available_memory(target.device),
@@ -94,10 +98,11 @@ def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConf
         dtype=dtype,
         device=target.device,
         share_prefixes=config.share_prefixes,
-        write=target.attention.write_kv,
+        attention=target.attention,
+        scratch=target.device.type == "cuda",
     )
     batch_size = min(config.batch_size or MOST_REQUESTS, sizes.blocks)
-    return Engine(
+    engine = Engine(
         EngineParts(
             decoder=target.decoder,
             cache=cache,
@@ -107,5 +112,29 @@ def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConf
             batch_size=batch_size,
             step_tokens=config.step_tokens,
             max_context=max_context,
+            graphs=config.graphs,
         )
+    )
+    if config.deterministic and not engine.batch_invariant:
+        raise ConfigError(
+            "EngineConfig.deterministic = True, but this model runs on operations whose rounding depends on the batch. "
+            "The native kernels do not: they need the CPU, a C++ compiler, native = True, float32 or bfloat16 and even "
+            "widths. Give those, or leave deterministic off."
+        )
+    return engine
+
+
+def _surroundings(target: LoadedModel, config: EngineConfig, dtype: torch.dtype) -> Surroundings:
+    return Surroundings(
+        decoder=target.decoder,
+        tokenizer=target.tokenizer,
+        attention=target.attention,
+        kernels=target.kernels,
+        device=target.device,
+        dtype=dtype,
+        block_size=config.block_size,
+        step_tokens=config.step_tokens,
+        model_folder=target.folder,
+        share_prefixes=config.share_prefixes,
+        graphs=config.graphs,
     )

@@ -9,6 +9,8 @@ from steeple.errors import ConfigError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+WEIGHTS = ("stored", "int8")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -19,6 +21,9 @@ class EngineConfig:
     """
 
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16 (GPU)"})
+    weights: str = field(
+        default="stored", metadata={"help": "stored, or int8: quantise the target's linear layers (another target)"}
+    )
     device: str = field(default="auto", metadata={"help": "cpu, cuda or auto"})
     batch_size: int = field(default=0, metadata={"help": "most requests at once, 0 = what memory allows"})
     step_tokens: int = field(default=2048, metadata={"help": "most rows of one forward; long prompts go in chunks"})
@@ -27,11 +32,17 @@ class EngineConfig:
     block_size: int = field(default=16, metadata={"help": "positions per cache block"})
     share_prefixes: bool = field(default=True, metadata={"help": "share full blocks of equal prefixes"})
     native: bool = field(default=True, metadata={"help": "use the native kernels where they build"})
+    graphs: bool = field(default=True, metadata={"help": "CUDA graphs for steps of up to 512 rows; no use on a CPU"})
+    deterministic: bool = field(
+        default=False, metadata={"help": "refuse to run where a row's rounding depends on batch or k"}
+    )
     threads: int = field(default=0, metadata={"help": "torch threads, 0 = leave as they are"})
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"EngineConfig.dtype = {self.dtype!r}. {did_you_mean(self.dtype, DTYPES)}")
+        if self.weights not in WEIGHTS:
+            raise ConfigError(f"EngineConfig.weights = {self.weights!r}. {did_you_mean(self.weights, WEIGHTS)}")
         if self.device != "auto" and self.device.split(":")[0] not in ("cpu", "cuda"):
             raise ConfigError(f"EngineConfig.device = {self.device!r} is unknown; give cpu, cuda, cuda:N or auto.")
         if self.dtype == "float16" and self.device == "cpu":

@@ -9,9 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from steeple.cache.batch import Span, make_batch
+import numpy as np
+
+from steeple.cache.batch import BatchMaker
 from steeple.cache.paged import PagedCache
 from steeple.draft.base import Drafter
 from steeple.engine.judge import Judge, Judgement
@@ -19,6 +21,7 @@ from steeple.engine.output import TextStream
 from steeple.engine.scheduler import Scheduler, Work
 from steeple.engine.stats import EngineStats
 from steeple.errors import InternalError, RequestError
+from steeple.model.accelerate import accelerate
 from steeple.model.decoder import Decoder
 from steeple.model.run import Runner
 from steeple.ops.attention import PagedAttention
@@ -26,8 +29,7 @@ from steeple.request import FinishReason, Request
 from steeple.types import Batch, Draft, concat_drafts
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """What a step wrote for one request. ``text`` is there for requests that stream or have stop strings."""
 
     request: Request
@@ -47,6 +49,7 @@ class EngineParts:
     batch_size: int
     step_tokens: int
     max_context: int
+    graphs: bool = False
 
 
 class Engine:
@@ -64,7 +67,10 @@ class Engine:
         self._most_nodes = parts.drafter.needs.nodes if parts.drafter is not None else 0
         self.budget: Callable[[Request], int] = lambda _request: self._most_nodes
         self._runner = Runner(parts.decoder, parts.cache, parts.attention)
+        accelerate(self._runner, graphs=parts.graphs)
         self._judge = Judge(self._runner)
+        self._maker = BatchMaker(parts.cache.block_size, parts.decoder.device)
+        self._none = Draft.empty(0)
         self._keep = parts.drafter.needs.hidden if parts.drafter is not None else ()
         self._eos = frozenset(parts.decoder.config.eos_token_ids)
         self._texts: dict[str, TextStream] = {}
@@ -89,6 +95,8 @@ class Engine:
         if not 0 <= int(request.tokens.min()) <= int(request.tokens.max()) < vocab:
             raise RequestError(f"request {request.id}: the prompt holds token ids outside 0..{vocab - 1}.")
         request.limit = min(request.prompt_len + request.params.max_tokens, limit)
+        if not request.params.ignore_eos:
+            request.stops |= self._eos
         self.scheduler.add(request)
         self._requests[request.id] = request
         if stream or request.params.stop:
@@ -105,6 +113,11 @@ class Engine:
     def idle(self) -> bool:
         return self.scheduler.idle
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row of the target rounds alike whatever the batch and the drafts beside it."""
+        return self._runner.batch_invariant
+
     def step(self) -> list[Committed]:
         """One step for all requests that fit. Returns what it wrote; finished requests have left the engine.
 
@@ -116,82 +129,124 @@ class Engine:
             if not self.idle:
                 raise InternalError("requests wait, but none of them can run")
             return []
-        fresh = [w.request.ready for w in plan]
+        requests = [work.request for work in plan]
         draft_start = time.perf_counter()
-        draft = self._propose(plan, fresh)
+        draft = self._propose(plan, requests)
         draft_end = time.perf_counter()
-        batch = make_batch(
-            [self._span(work) for work in plan], draft, self.cache.block_size, self._runner.decoder.device
-        )
+        batch = self._assemble(plan, requests, draft)
         forward_start = time.perf_counter()
         hidden = self._runner.forward(batch, keep=self._keep)
         forward_end = time.perf_counter()
-        places = [b for b, work in enumerate(plan) if work.samples]
-        judgement = self._judge.judge(batch, [plan[b].request for b in places], places, draft, hidden)
-        kept: list[list[int]] = [[] for _ in plan]
-        for place, nodes in zip(places, judgement.kept, strict=True):
-            kept[place] = nodes
-        out = self._commit(plan, batch, fresh, places, judgement, kept)
+        places = [b for b, work in enumerate(plan) if work.ready or work.samples]
+        sampling = requests if len(places) == len(plan) else [requests[b] for b in places]
+        judgement = self._judge.judge(batch, sampling, places, draft, hidden)
+        kept = judgement.kept
+        if len(places) < len(plan):
+            kept = [()] * len(plan)
+            for place, nodes in zip(places, judgement.kept, strict=True):
+                kept[place] = nodes
+        out = self._commit(plan, batch, draft, places, judgement, kept)
         if self.drafter is not None:
-            self.drafter.observe([w.request for w in plan], batch, kept, hidden)
-        for work in plan:
-            if work.request.finished:
-                self._leave(work.request)
+            self.drafter.observe(requests, batch, kept, hidden)
+        for request in requests:
+            if request.finish_reason is not None:
+                self._leave(request)
             else:
-                work.request.check()
-        self.stats.time(all(fresh), time.perf_counter() - started, draft_end - draft_start, forward_end - forward_start)
+                request.check()
+        decode = all(work.ready for work in plan)
+        self.stats.time(decode, time.perf_counter() - started, draft_end - draft_start, forward_end - forward_start)
         return out
 
-    def _propose(self, plan: Sequence[Work], fresh: Sequence[bool]) -> Draft:
+    def _propose(self, plan: Sequence[Work], requests: Sequence[Request]) -> Draft:
         """The forest over the plan; requests still reading their prompt have no nodes."""
-        wanting = [b for b, ready in enumerate(fresh) if ready]
-        if self.drafter is None or not any(plan[b].nodes for b in wanting):
-            return Draft.empty(len(plan), self._runner.decoder.device)
-        part = self.drafter.propose([plan[b].request for b in wanting], [plan[b].nodes for b in wanting])
-        return concat_drafts([(wanting, part)], len(plan))
+        if self.drafter is not None and any(work.nodes for work in plan):
+            wanting = [b for b, work in enumerate(plan) if work.ready]
+            part = self.drafter.propose([requests[b] for b in wanting], [plan[b].nodes for b in wanting])
+            return part if len(wanting) == len(plan) else concat_drafts([(wanting, part)], len(plan))
+        if self._none.cu.shape[0] != len(plan) + 1:
+            self._none = Draft.empty(len(plan), self._runner.decoder.device)
+        return self._none
 
-    def _span(self, work: Work) -> Span:
-        request = work.request
-        tokens = request.tokens[request.cached : work.stop]
-        return Span(request.id, request.cached, tokens, self.cache.table(request.id))
+    def _assemble(self, plan: Sequence[Work], requests: Sequence[Request], draft: Draft) -> Batch:
+        """The rows of the step: of each request what its cache does not hold, and its nodes."""
+        B = len(plan)
+        starts = np.fromiter([r.cached for r in requests], np.int64, B)
+        if all([work.ready for work in plan]):  # noqa: C419 (a list is faster)
+            lengths = np.ones(B, dtype=np.int64)
+            tokens = np.fromiter([r.newest for r in requests], np.int64, B)
+        else:
+            lengths = np.fromiter([work.stop for work in plan], np.int64, B) - starts
+            tokens = np.concatenate([work.request.tokens[work.request.cached : work.stop] for work in plan])
+        ids = [r.id for r in requests]
+        return self._maker.make(ids, [self.cache.table(id) for id in ids], starts, lengths, tokens, draft)
 
     def _commit(
         self,
         plan: Sequence[Work],
         batch: Batch,
-        fresh: Sequence[bool],
+        draft: Draft,
         places: Sequence[int],
         judgement: Judgement,
         kept: Sequence[Sequence[int]],
     ) -> list[Committed]:
         """Append the verdict to the texts, then let the cache keep the accepted paths."""
-        shapes = _draft_shapes(batch)
         out = []
-        for work in plan:
-            self.stats.prompt_tokens += work.stop - work.request.cached - (1 if work.samples else 0)
-            work.request.cached = work.stop
-        for place, tokens, logprobs in zip(places, judgement.tokens, judgement.logprobs, strict=True):
-            request = plan[place].request
+        committed = 0
+        before = [work.request.cached for work in plan]
+        for request, stop, _, ready in plan:
+            if not ready:
+                self.stats.prompt_tokens += stop - request.cached - (1 if stop == len(request) else 0)
+            request.cached = stop
+        shapes = _draft_shapes(batch, draft)
+        for place, tokens in zip(places, judgement.tokens, strict=True):
+            work = plan[place]
+            request, accepted = work.request, len(kept[place])
             written = self._write(request, tokens)
-            request.logprobs.extend(logprobs[: len(written)])
-            request.cached += len(kept[place])
-            if fresh[place]:
-                depth, nodes = shapes[place]
-                request.stats.record(depth, nodes, min(len(kept[place]), len(written)))
-                request.stats.committed += len(written)
-            self.stats.committed += len(written)
-            out.append(Committed(request, tuple(written), self._texts.get(request.id)))
-        self.cache.commit(batch, kept, [w.request.tokens for w in plan])
+            request.cached += accepted
+            if work.ready:
+                stats = request.stats
+                stats.record(*shapes[place], min(accepted, len(written)))
+                stats.committed += len(written)
+            committed += len(written)
+            text = self._texts.get(request.id) if self._texts else None
+            out.append(Committed(request, tuple(written), text))
+        if judgement.logprobs:
+            for entry, logprobs in zip(out, judgement.logprobs, strict=True):
+                entry.request.logprobs.extend(logprobs[: len(entry.tokens)])
+        self.stats.committed += committed
+        self._keep_keys(plan, batch, draft, before, kept)
         return out
 
-    def _write(self, request: Request, tokens: Sequence[int]) -> list[int]:
+    def _keep_keys(
+        self,
+        plan: Sequence[Work],
+        batch: Batch,
+        draft: Draft,
+        before: Sequence[int],
+        kept: Sequence[Sequence[int]],
+    ) -> None:
+        """The cache's part of the commit. Of a chain no key moves, so only full blocks are told of."""
+        if not draft.chain:
+            self.cache.commit(batch, kept, [work.request.tokens for work in plan])
+            return
+        size = self.cache.block_size
+        for work, cached in zip(plan, before, strict=True):
+            request = work.request
+            if request.cached // size != cached // size:
+                self.cache.name_full(request.id, request.tokens, request.cached)
+
+    def _write(self, request: Request, tokens: Sequence[int]) -> Sequence[int]:
         """Append tokens until one of them ends the request; the rest of the verdict is dropped."""
-        params = request.params
-        text = self._texts.get(request.id)
+        text = self._texts.get(request.id) if self._texts else None
+        if request.first_token_at is None:
+            request.first_token_at = time.perf_counter()
+        if text is None and len(request) + len(tokens) < request.limit and request.stops.isdisjoint(tokens):
+            request.append(tokens)
+            return tokens
         written: list[int] = []
         for token in tokens:
             written.append(token)
-            ends = (token in self._eos and not params.ignore_eos) or token in params.stop_token_ids
+            ends = token in request.stops
             if text is not None and not ends and text.push(token):
                 ends = True
             if ends:
@@ -201,8 +256,6 @@ class Engine:
             if request.finished:
                 break
         request.append(written)
-        if request.first_token_at is None:
-            request.first_token_at = time.perf_counter()
         return written
 
     def _leave(self, request: Request) -> None:
@@ -225,12 +278,16 @@ class Engine:
             self.drafter.check_integrity()
 
 
-def _draft_shapes(batch: Batch) -> list[tuple[int, int]]:
+def _draft_shapes(batch: Batch, draft: Draft) -> list[tuple[int, int]]:
     """Depth and number of nodes of each request's draft."""
-    layout = batch.layout
-    ends, first, text = layout.cu_rows[1:].tolist(), layout.node_row.tolist(), layout.text_len.tolist()
-    positions = layout.positions.numpy()
-    shapes = []
-    for end, start, length in zip(ends, first, text, strict=True):
-        shapes.append((int(positions[start:end].max()) - length + 1 if end > start else 0, end - start))
-    return shapes
+    if not draft.tokens.shape[0]:
+        return [(0, 0)] * len(batch.request_ids)
+    counts = draft.counts.tolist()
+    if draft.chain:
+        return [(count, count) for count in counts]
+    positions, text_len = batch.layout.positions.numpy(), batch.layout.text_len.tolist()
+    first = batch.layout.node_row.tolist()
+    return [
+        (int(positions[row : row + count].max()) - length + 1 if count else 0, count)
+        for row, count, length in zip(first, counts, text_len, strict=True)
+    ]

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steeple.model.decoder import Hidden
 from steeple.model.run import Runner
-from steeple.ops.law import Counts, Laws, count_text, penalise
+from steeple.ops.law import Counts, SamplingBatch, count_text, penalise
 from steeple.request import Request, TokenLogprob
 from steeple.types import Batch, Draft, Verdict
-from steeple.verify import verify
+from steeple.verify import verify, verify_choice
+from steeple.verify.chains import chosen_nodes
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A verdict on the host, for S sampling requests: tokens, kept nodes (numbered within the request), logprobs."""
+    """A verdict for S sampling requests, as lists: tokens, kept nodes (numbered within the request), logprobs.
+
+    ``logprobs`` is empty where nobody asked for any.
+    """
 
     tokens: list[list[int]]
-    kept: list[list[int]]
+    kept: list[Sequence[int]]
     logprobs: list[list[TokenLogprob]]
-    verdict: Verdict | None
 
 
 class Judge:
@@ -34,82 +38,97 @@ class Judge:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._vocab = runner.decoder.config.vocab_size
+        self._sampling = SamplingBatch.of(())
 
-    @torch.inference_mode()
     def judge(
-        self, batch: Batch, requests: Sequence[Request], places: Sequence[int], draft: Draft, hidden: Hidden
+        self, batch: Batch, requests: list[Request], places: Sequence[int], draft: Draft, hidden: Hidden
     ) -> Judgement:
         """Judge the drafts of the sampling ``requests``, which stand at ``places`` in the batch."""
         if not requests:
-            return Judgement([], [], [], None)
-        device = hidden.final_TD.device
-        at = np.asarray(places, dtype=np.int64)
-        nodes = draft.counts.numpy()[at]
-        counts = nodes + 1
-        first = np.concatenate(([0], np.cumsum(counts)))
-        owner = np.repeat(np.arange(at.shape[0]), counts)
-        root = batch.layout.node_row.numpy()[at].astype(np.int64) - 1
-        rows = np.arange(int(first[-1])) - first[owner] + root[owner]
-        hidden_RD = hidden.final_TD if rows.shape[0] == hidden.final_TD.shape[0] else hidden.final_TD[_to(rows, device)]
-        raw_RV = self._runner.logits(hidden_RD)
-        laws = Laws.of([r.params for r in requests], device)
-        owner_R = _to(owner, device)
-        is_node = np.ones(rows.shape[0], dtype=bool)
-        is_node[first[:-1]] = False
-        node_law = np.flatnonzero(is_node)
-        # Only sampling requests have nodes, so leaving the others out moves no node.
-        own = Draft(draft.tokens, draft.parent, _offsets(nodes), draft.row, draft.probs)
-        logits_RV = self._penalised(raw_RV, requests, laws, owner_R, batch, own, node_law) if laws.penalised else raw_RV
-        verdict = verify(
-            logits_RV,
-            own,
-            laws,
-            owner_R=owner_R,
-            root_law=_to(first[:-1], device),
-            node_law=_to(node_law, device),
-            seed=torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device),
-            counter=torch.tensor([len(r) for r in requests], dtype=torch.int64, device=device),
-        )
-        return self._on_host(verdict, own, requests, raw_RV)
+            return Judgement([], [], [])
+        hidden_TD = hidden.final_TD
+        if self._sampling.requests != requests:
+            self._sampling = SamplingBatch.of(requests, hidden_TD.device)
+        sampling = self._sampling
+        if len(requests) + draft.tokens.shape[0] == hidden_TD.shape[0]:
+            own, hidden_RD = draft, hidden_TD  # every row is a root or a node
+        else:
+            own, rows = _rows_of(batch, places, draft)
+            hidden_RD = hidden_TD[torch.from_numpy(rows).to(hidden_TD.device)]
+        if not sampling.laws.all_greedy or sampling.laws.penalised or sampling.logprobs:
+            return self._by_logits(batch, sampling, own, hidden_RD)
+        choice_R = self._runner.best(hidden_RD)
+        if not own.tokens.shape[0]:
+            return Judgement([[token] for token in choice_R.tolist()], [()] * len(requests), [])
+        return _chosen(choice_R, own) if own.chain else _as_lists(verify_choice(choice_R, own), own)
 
-    def _penalised(
-        self,
-        logits_RV: Tensor,
-        requests: Sequence[Request],
-        laws: Laws,
-        owner_R: Tensor,
-        batch: Batch,
-        draft: Draft,
-        node_law: np.ndarray[tuple[int], np.dtype[np.int64]],
-    ) -> Tensor:
+    @torch.inference_mode()
+    def _by_logits(self, batch: Batch, sampling: SamplingBatch, draft: Draft, hidden_RD: Tensor) -> Judgement:
+        """Where the best token of a row does not say enough."""
+        requests, laws = sampling.requests, sampling.laws
+        raw_RV = self._runner.logits(hidden_RD)
+        logits_RV = self._penalised(raw_RV, sampling, batch, draft) if laws.penalised else raw_RV
+        counter = np.fromiter(map(len, requests), np.int64, len(requests))
+        verdict = verify(logits_RV, draft, laws, sampling.generators, counter)
+        judgement = _as_lists(verdict, draft)
+        if sampling.logprobs:
+            cu = verdict.cu.tolist()
+            for b, request in enumerate(requests):
+                rows = torch.from_numpy(verdict.row[cu[b] : cu[b + 1]]).to(raw_RV.device)
+                best = request.params.logprobs
+                judgement.logprobs.append([] if best is None else _logprobs(raw_RV[rows], judgement.tokens[b], best))
+        return judgement
+
+    def _penalised(self, logits_RV: Tensor, sampling: SamplingBatch, batch: Batch, draft: Draft) -> Tensor:
         """Each row's penalties count the text and the path of nodes above the row."""
-        device = logits_RV.device
+        device, requests = logits_RV.device, sampling.requests
+        per_request, cu = draft.counts.numpy(), draft.cu.numpy()
+        owner = np.repeat(np.arange(len(requests)), per_request + 1)
+        owner_R = torch.from_numpy(owner).to(device)
         prompts = [r.tokens[: r.prompt_len] for r in requests]
         table = count_text(prompts, [r.output for r in requests], self._vocab, device)
         counts = Counts(table.prompt[owner_R], table.output[owner_R])
         bits = batch.layout.ancestors[batch.node_rows].numpy()
         if bits.size:
-            per_request = draft.counts.numpy()
-            start = np.repeat(draft.cu.numpy()[:-1], per_request)
+            start = np.repeat(cu[:-1], per_request)
             node, above = np.nonzero((bits[:, None] >> np.arange(int(per_request.max()))) & 1)
-            counts.add(_to(node_law[node], device), draft.tokens[_to(start[node] + above, device)])
-        return penalise(logits_RV, laws, owner_R, counts)
+            rows = node + np.repeat(np.arange(len(requests)), per_request)[node] + 1
+            path = torch.from_numpy(start[node] + above).to(device)
+            counts.add(torch.from_numpy(rows).to(device), draft.tokens[path])
+        return penalise(logits_RV, sampling.laws, owner_R, counts)
 
-    def _on_host(self, verdict: Verdict, draft: Draft, requests: Sequence[Request], raw_RV: Tensor) -> Judgement:
-        cu = verdict.cu.tolist()
-        flat = verdict.tokens.tolist()
-        tokens = [flat[a:b] for a, b in pairwise(cu)]
-        kept_flat, base = verdict.kept.tolist(), draft.cu.tolist()
-        kept, at = [], 0
-        for b, own in enumerate(tokens):
-            kept.append([node - base[b] for node in kept_flat[at : at + len(own) - 1]])
-            at += len(own) - 1
-        logprobs: list[list[TokenLogprob]] = [[] for _ in requests]
-        for b, request in enumerate(requests):
-            if request.params.logprobs is not None:
-                rows = verdict.row[cu[b] : cu[b + 1]]
-                logprobs[b] = _logprobs(raw_RV[rows], tokens[b], request.params.logprobs)
-        return Judgement(tokens, kept, logprobs, verdict)
+
+def _rows_of(batch: Batch, places: Sequence[int], draft: Draft) -> tuple[Draft, NDArray[np.int64]]:
+    """The draft of the requests at ``places`` alone, and the rows of their roots and nodes."""
+    at = np.asarray(places, dtype=np.int64)
+    nodes = draft.counts.numpy()[at]
+    first = np.concatenate(([0], np.cumsum(nodes + 1)))
+    root = batch.layout.node_row.numpy()[at].astype(np.int64) - 1
+    rows = np.arange(int(first[-1])) + np.repeat(root - first[:-1], nodes + 1)
+    # Only sampling requests have nodes, so leaving the others out moves no node.
+    cu = torch.from_numpy(np.concatenate(([0], np.cumsum(nodes))))
+    return replace(draft, cu=cu), rows
+
+
+def _chosen(choice_R: Tensor, draft: Draft) -> Judgement:
+    """The verdict on chains by choice. What is written are the choices themselves, as far as the chain is right."""
+    choice = choice_R.cpu()
+    kept, flat, cu = chosen_nodes(draft, choice.numpy()).tolist(), choice.tolist(), draft.cu.tolist()
+    tokens = [flat[first + b : first + b + count + 1] for b, (first, count) in enumerate(zip(cu, kept, strict=False))]
+    return Judgement(tokens, [range(count) for count in kept], [])
+
+
+def _as_lists(verdict: Verdict, draft: Draft) -> Judgement:
+    flat, kept = verdict.tokens.tolist(), verdict.kept.tolist()
+    tokens = [flat[first:end] for first, end in pairwise(verdict.cu.tolist())]
+    if draft.chain:
+        return Judgement(tokens, [range(len(own) - 1) for own in tokens], [])
+    paths: list[Sequence[int]] = []
+    at = 0
+    for own, base in zip(tokens, draft.cu.tolist(), strict=False):
+        paths.append([node - base for node in kept[at : at + len(own) - 1]])
+        at += len(own) - 1
+    return Judgement(tokens, paths, [])
 
 
 def _logprobs(logits_MV: Tensor, tokens: Sequence[int], best: int) -> list[TokenLogprob]:
@@ -122,11 +141,3 @@ def _logprobs(logits_MV: Tensor, tokens: Sequence[int], best: int) -> list[Token
         pairs = zip(top.indices[i].tolist(), top.values[i].tolist(), strict=True) if top is not None else ()
         out.append(TokenLogprob(token, value, tuple(pairs)))
     return out
-
-
-def _offsets(counts: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(([0], np.cumsum(counts))))
-
-
-def _to(values: np.ndarray[tuple[int], np.dtype[np.int64]], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device)

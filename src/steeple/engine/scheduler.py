@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from steeple.cache.paged import PagedCache
 from steeple.errors import CapacityError
 from steeple.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One request's share of a step: text up to position ``stop``, and ``nodes`` draft nodes if that ends its text."""
+class Work(NamedTuple):
+    """One request's share of a step: text up to position ``stop``, and ``nodes`` draft nodes if that ends its text.
+
+    ``ready``: the request stood between two rounds when the step was planned.
+    """
 
     request: Request
     stop: int
     nodes: int
+    ready: bool
 
     @property
     def samples(self) -> bool:
@@ -41,6 +44,7 @@ class Scheduler:
         self._cache, self._batch_size, self._step_tokens, self._forget = cache, batch_size, step_tokens, forget
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self._room: dict[str, int] = {}  # positions that the cache has reserved for each running request
 
     def add(self, request: Request) -> None:
         """Queue a request; ``CapacityError`` if it could never fit, alone with the whole cache."""
@@ -65,17 +69,17 @@ class Scheduler:
         plan: list[Work] = []
         rows = 0
         running = len(self.running)
-        decoding = sum(r.ready for r in self.running)
-        room = max(self._step_tokens - decoding, 1)
-        for request in list(self.running):
-            if request not in self.running:  # preempted for an older one
+        ready = [r.ready for r in self.running]
+        room = max(self._step_tokens - sum(ready), 1)
+        for request, decodes in zip(list(self.running), ready, strict=True):
+            if len(self.running) < running and request not in self.running:  # preempted for an older one
                 continue
-            if not request.ready and rows >= room:
+            if not decodes and rows >= room:
                 continue
-            work = self._work(request, room - rows, budget)
-            if self._make_room(request, work):
+            work = _round(request, budget) if decodes else _chunk(request, room - rows)
+            if work.stop + work.nodes <= self._room[request.id] or self._make_room(request, work):
                 plan.append(work)
-                rows += 0 if request.ready else work.stop - request.cached
+                rows += 0 if decodes else work.stop - request.cached
         if len(self.running) < running:  # short of memory: whoever was just preempted would only come straight back
             return plan
         while self.waiting and len(self.running) < self._batch_size and rows < room:
@@ -87,25 +91,23 @@ class Scheduler:
             rows += admitted.stop - admitted.request.cached
         return plan
 
-    def _work(self, request: Request, room: int, budget: Budget) -> Work:
-        if not request.ready:
-            return Work(request, request.cached + min(request.unread, room), 0)
-        # Node k is judged with the k before it; the last committed token of a request needs no successor.
-        left = request.limit - len(request) - 1
-        return Work(request, len(request), max(min(budget(request), left), 0))
-
     def _make_room(self, request: Request, work: Work) -> bool:
         while not self._cache.reserve(request.id, work.stop + work.nodes):
             victim = self.running[-1]
             self.preempt(victim)
             if victim is request:
                 return False
+        self._note_room(request, work.stop + work.nodes)
         return True
+
+    def _note_room(self, request: Request, length: int) -> None:
+        """The cache has reserved ``length`` positions, in whole blocks; up to there nobody need ask it again."""
+        self._room[request.id] = self._cache.blocks_for(length) * self._cache.block_size
 
     def _admit(self, request: Request, room: int, budget: Budget) -> Work | None:
         """Reserve for the whole text at once, so that a prompt never preempts another half way."""
         request.cached = self._cache.attach(request.id, request.tokens)
-        work = self._work(request, room, budget)
+        work = _round(request, budget) if request.ready else _chunk(request, room)
         keep_free = len(self.running)  # a block for each running request to grow into
         wanted = self._cache.missing(request.id, len(request) + work.nodes) + keep_free
         if self.running and wanted > self._cache.pool.available:
@@ -113,6 +115,7 @@ class Scheduler:
             request.cached = 0
             return None
         self._cache.reserve(request.id, len(request) + work.nodes)
+        self._note_room(request, len(request) + work.nodes)
         return work
 
     def preempt(self, request: Request) -> None:
@@ -132,5 +135,20 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self._cache.free(request.id)
+        self._room.pop(request.id, None)
         request.cached = 0
         self._forget(request)
+
+
+def _round(request: Request, budget: Budget) -> Work:
+    """The root and the nodes of a request that stands between two rounds."""
+    length, nodes = len(request), budget(request)
+    if nodes <= 0:
+        return Work(request, length, 0, True)
+    # Node k is judged with the k before it; the last committed token of a request needs no successor.
+    return Work(request, length, min(nodes, request.limit - length - 1), True)
+
+
+def _chunk(request: Request, room: int) -> Work:
+    """As much of a text that is still to be read as there is room for."""
+    return Work(request, request.cached + min(request.unread, room), 0, False)

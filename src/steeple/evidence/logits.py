@@ -32,6 +32,7 @@ def last_logits(target: LoadedModel, texts: Sequence[Sequence[int]], last: int =
         dtype=decoder.dtype,
         device=target.device,
         share_prefixes=False,
+        attention=target.attention,
     )
     spans = []
     for index, text in enumerate(texts):

@@ -48,6 +48,7 @@ class GenerateConfig:
         return {
             "model": str(model),
             "dtype": self.engine.dtype,
+            "weights": self.engine.weights,
             "max_context": self.engine.max_context,
             **sampling,
         }

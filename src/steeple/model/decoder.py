@@ -41,6 +41,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.kernels = Kernels()
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -57,12 +58,23 @@ class Decoder(nn.Module):
         self.register_buffer("sin", (angle.sin() * scale).to(device), persistent=False)
 
     def use(self, kernels: Kernels) -> None:
-        """Compute by these operations from now on."""
+        """Compute by these operations from now on. Packed weights take the place of the parameters."""
+        self.kernels = kernels
         for module in self.modules():
             if isinstance(module, Linear):
-                module.operation = kernels.linear
+                module.use(kernels.pack)
             elif isinstance(module, RMSNorm):
                 module.operation = kernels.norm
+        if self.config.tie_embeddings and self.head.packed is None:
+            self.head.weight = self.embed.weight
+
+    @property
+    def multiplied_parameters(self) -> int:
+        """Weights that every step multiplies: all but the embedding, or all where the head is the embedding."""
+        packed = (m.packed.outputs * m.packed.inputs for m in self.modules() if isinstance(m, Linear) and m.packed)
+        plain = sum(p.numel() for p in self.parameters()) - self.embed.weight.numel()
+        shared = self.embed.weight.numel() if self.config.tie_embeddings and self.head.packed is None else 0
+        return plain + shared + sum(packed)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steeple.config import ModelConfig
-from steeple.ops.linear import LinearOperation
+from steeple.ops.kernels import Pack
+from steeple.ops.linear import PackedWeight
 from steeple.ops.norm import NormOperation, torch_norm
 
 
@@ -26,14 +27,26 @@ class Attend(Protocol):
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` whose operation can be replaced (see ``Decoder.use``); the weights stay where they are."""
+    """``nn.Linear`` whose weight may be packed for the native kernel (see ``Decoder.use``); ``weight`` is then None.
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+    Args: sections: equal parts of the outputs that are packed apart, because they are used side by side.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, sections: int = 1) -> None:
         super().__init__(inputs, outputs, bias=bias)
-        self.operation: LinearOperation = F.linear
+        self.sections = sections
+        self.packed: PackedWeight | None = None
+
+    def use(self, pack: Pack) -> None:
+        """Pack the weight by ``pack``, or unpack it if ``pack`` leaves it alone."""
+        weight = self.weight if self.packed is None else self.packed.unpack()
+        self.packed = pack(weight, self.sections)
+        kept = weight if self.packed is None else None
+        if kept is not self.weight:
+            self.register_parameter("weight", None if kept is None else nn.Parameter(kept, requires_grad=False))
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.operation(input, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias) if self.packed is None else self.packed(input, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +101,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias, sections=2)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.gelu = config.gelu
 

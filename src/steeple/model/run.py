@@ -7,23 +7,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steeple.cache.base import Cache
+from steeple.cache.paged import PagedCache
 from steeple.model.decoder import Decoder, Hidden
+from steeple.model.whole import NativeForward, WholeForward
 from steeple.ops.attention import PagedAttention
 from steeple.types import Batch
 
 
 class Runner:
-    """Args: decoder and the cache that holds its keys; attention: the paged attention to read them with."""
+    """Args: decoder and the cache that holds its keys; attention: the paged attention to read them with.
 
-    def __init__(self, decoder: Decoder, cache: Cache, attention: PagedAttention) -> None:
+    ``whole``, if there is one, runs all layers in one call; batches that it declines go layer by layer.
+    """
+
+    def __init__(self, decoder: Decoder, cache: PagedCache, attention: PagedAttention) -> None:
         self.decoder, self.cache, self._attention = decoder, cache, attention
         config = decoder.config
         self._windows = [config.window(layer) for layer in range(config.num_layers)]
+        self.whole: WholeForward | None = None
+        if NativeForward.supported(decoder, cache):
+            self.whole = NativeForward(decoder, cache)
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row rounds alike in any batch: torch's own operations choose another order for every size."""
+        return self.whole is not None and self.whole.batch_invariant
 
     @torch.inference_mode()
     def forward(self, batch: Batch, *, keep: Sequence[int] = ()) -> Hidden:
         """Hidden states of all rows; their keys and values are staged in the cache as pending."""
+        hidden = self.whole(batch, keep) if self.whole is not None else None
+        return self._by_layers(batch, keep) if hidden is None else hidden
+
+    def _by_layers(self, batch: Batch, keep: Sequence[int]) -> Hidden:
         config = self.decoder.config
 
         def attend(layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
@@ -44,4 +60,9 @@ class Runner:
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Float32 logits ``[R, V]`` of the given rows."""
-        return self.decoder.logits(hidden_RD).float()
+        return self.whole.logits(hidden_RD) if self.whole is not None else self.decoder.logits(hidden_RD).float()
+
+    @torch.inference_mode()
+    def best(self, hidden_RD: Tensor) -> Tensor:
+        """The likeliest token of each row, the first of equals, int64 ``[R]``."""
+        return self.whole.best(hidden_RD) if self.whole is not None else self.logits(hidden_RD).argmax(dim=-1)

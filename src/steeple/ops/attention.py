@@ -1,11 +1,11 @@
 """Attention over a paged cache of keys and values, for a flat and ragged batch of prompts, decode rows and draft trees.
 
-Shape letters: B requests, T flat query rows, N query heads, K key/value heads, H head dim, P blocks in the cache,
-S positions within a block.
+Shape letters: L layers, B requests, T flat query rows, N query heads, K key/value heads, H head dim, P blocks in the
+cache, S positions within a block.
 
-The cache of one layer is two tensors ``[P, K, S, H]``: the keys of one head lie contiguously within a block, because
-a head reads only its own. This file is the reference, clear rather than fast; ``native.py`` has the fast twin with
-the same signature and ``attention_backend``, which chooses.
+How keys and values lie in the cache is the backend's own business: it allocates, writes, moves and reads them. This
+file is the reference, clear rather than fast, with caches ``[L, P, K, S, H]``; ``native_attention.py`` has the fast
+twin with the same signature and ``attention_backend``, which chooses.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from steeple.errors import InternalError
+from steeple.ops.memory import zeros
 from steeple.types import MAX_NODES, KVLayout
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -27,7 +28,7 @@ class PagedAttention(Protocol):
 
     Args:
         q_TNH: queries, float32 or bfloat16; rows may be strided (a slice of a fused projection).
-        keys, values: one layer of the cache, ``[P, K, S, H]``, contiguous, float32 or bfloat16.
+        keys, values: one layer of what ``allocate`` gave, float32 or bfloat16.
         layout: what every row sees.
         scale: what queries times keys are multiplied with.
         window: a row at rotary position ``r`` sees the key at ``p`` only if ``r - p < window``; 0 = no window.
@@ -49,11 +50,35 @@ class PagedAttention(Protocol):
         softcap: float = 0.0,
     ) -> Tensor: ...
 
+    def allocate(
+        self,
+        layers: int,
+        blocks: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> tuple[Tensor, Tensor]:
+        """Zeroed keys and values of ``layers`` layers in this backend's layout; layer after layer along the first dim.
+
+        Nobody else may assume the other dims. A *slot* of it is block * block_size + offset.
+        """
+        ...
+
     def write_kv(self, keys: Tensor, values: Tensor, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        """Stage: write the rows ``k_TKH`` and ``v_TKH`` to ``slots``, int64 ``[T]``, block * block_size + offset.
+        """Stage: write the rows ``k_TKH`` and ``v_TKH`` to ``slots``, int64 ``[T]``, of one layer.
 
         Rows may be strided (slices of a fused projection). Slots must differ from each other.
         """
+        ...
+
+    def move_kv(self, keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
+        """Commit of a path: copy slots ``source`` to ``target`` of one layer, all read before any is written."""
+        ...
+
+    def read_kv(self, keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``slots``, int64 ``[n]``, of one layer: copies ``[n, K, H]``."""
         ...
 
 
@@ -73,8 +98,37 @@ class ReferenceAttention:
     ) -> Tensor:
         return paged_attention(q_TNH, keys, values, layout, scale=scale, window=window, softcap=softcap)
 
+    def allocate(
+        self,
+        layers: int,
+        blocks: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> tuple[Tensor, Tensor]:
+        shape = (layers, blocks, kv_heads, block_size, head_dim)
+        return zeros(shape, dtype, device), zeros(shape, dtype, device)
+
     def write_kv(self, keys: Tensor, values: Tensor, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        write_kv(keys, values, slots, k_TKH, v_TKH)
+        check_cache(keys, values)
+        check_write(keys.shape[1], keys.shape[3], slots, k_TKH, v_TKH)
+        rows = _slot_rows(keys, slots)
+        H = keys.shape[3]
+        keys.view(-1, H)[rows] = k_TKH.reshape(-1, H).to(keys.dtype)
+        values.view(-1, H)[rows] = v_TKH.reshape(-1, H).to(values.dtype)
+
+    def move_kv(self, keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
+        check_cache(keys, values)
+        from_rows, to_rows = _slot_rows(keys, source), _slot_rows(keys, target)
+        for cache in (keys.view(-1, keys.shape[3]), values.view(-1, keys.shape[3])):
+            cache[to_rows] = cache[from_rows]
+
+    def read_kv(self, keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        check_cache(keys, values)
+        rows, (_, K, _, H) = _slot_rows(keys, slots), keys.shape
+        return keys.view(-1, H)[rows].view(-1, K, H), values.view(-1, H)[rows].view(-1, K, H)
 
 
 def paged_attention(
@@ -88,7 +142,8 @@ def paged_attention(
     softcap: float = 0.0,
 ) -> Tensor:
     """The reference, see ``PagedAttention``: request after request, all scores of a tile of rows at once."""
-    check_attention(q_TNH, keys, values, layout)
+    check_cache(keys, values)
+    check_attention(q_TNH, keys.dtype, (keys.shape[1], keys.shape[2], keys.shape[3]), layout)
     check_layout(layout)
     out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     cu_rows, cu_blocks = layout.cu_rows.tolist(), layout.cu_blocks.tolist()
@@ -97,6 +152,8 @@ def paged_attention(
         for first in range(cu_rows[b], cu_rows[b + 1], TILE):
             rows = slice(first, min(first + TILE, cu_rows[b + 1]))
             seen = _seen(layout, rows, text_len, window).to(keys.device)
+            if not seen.any():
+                continue  # zeros already
             used = blocks[: -(-seen.shape[1] // layout.block_size)]
             k_KSH = _gather(keys, used, seen.shape[1])
             v_KSH = _gather(values, used, seen.shape[1])
@@ -130,6 +187,9 @@ def _gather(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
 def _attend(q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, seen_TS: Tensor, scale: float, softcap: float) -> Tensor:
     T, N, H = q_TNH.shape
     K = k_KSH.shape[0]
+    if not v_KSH.isfinite().all() and not seen_TS.all():  # nan times a weight of zero is nan: only what a row sees
+        each = [(q_TNH[t : t + 1], k_KSH[:, s], v_KSH[:, s], s[s].unsqueeze(0)) for t, s in enumerate(seen_TS)]
+        return torch.cat([_attend(*row, scale, softcap) for row in each])
     q = q_TNH.float().view(T, K, N // K, H).permute(1, 2, 0, 3).reshape(K, -1, H)
     scores = (q @ k_KSH.transpose(1, 2)).view(K, N // K, T, -1) * scale
     if softcap:
@@ -140,23 +200,6 @@ def _attend(q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, seen_TS: Tensor, scale:
     return out.permute(2, 0, 1, 3).reshape(T, N, H)
 
 
-def write_kv(keys: Tensor, values: Tensor, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
-    """Stage, see ``PagedAttention.write_kv``."""
-    check_write(keys, values, slots, k_TKH, v_TKH)
-    rows = _slot_rows(keys, slots)
-    H = keys.shape[3]
-    keys.view(-1, H)[rows] = k_TKH.reshape(-1, H).to(keys.dtype)
-    values.view(-1, H)[rows] = v_TKH.reshape(-1, H).to(values.dtype)
-
-
-def move_kv(keys: Tensor, values: Tensor, src_slots: Tensor, dst_slots: Tensor) -> None:
-    """Commit of a path: copy slots ``src_slots`` to ``dst_slots``, all read before any is written."""
-    src, dst = _slot_rows(keys, src_slots), _slot_rows(keys, dst_slots)
-    H = keys.shape[3]
-    for cache in (keys.view(-1, H), values.view(-1, H)):
-        cache[dst] = cache[src]
-
-
 def _slot_rows(cache: Tensor, slots: Tensor) -> Tensor:
     """Rows of ``cache.view(-1, H)`` that ``slots`` stand for, int64 ``[T * K]``, slot after slot."""
     K, S = cache.shape[1:3]
@@ -164,15 +207,22 @@ def _slot_rows(cache: Tensor, slots: Tensor) -> Tensor:
     return ((slots // S * K + torch.arange(K, device=cache.device)) * S + slots % S).view(-1)
 
 
-def check_attention(q_TNH: Tensor, keys: Tensor, values: Tensor, layout: KVLayout) -> None:
-    """Raise ``InternalError`` unless the tensors have the shapes, strides and dtypes of the contract."""
-    (T, N, H), (_, K, S, kv_H) = q_TNH.shape, keys.shape
+def check_cache(keys: Tensor, values: Tensor) -> None:
+    """Raise ``InternalError`` unless keys and values are two contiguous caches of this file's layout."""
     require(keys.shape == values.shape and keys.dtype == values.dtype, "keys and values differ in shape or dtype")
+    require(keys.dim() == 4, f"keys are {tuple(keys.shape)}; [P, K, S, H] is needed")
     require(keys.is_contiguous() and values.is_contiguous(), "keys or values are not contiguous")
-    require(keys.dtype in DTYPES and q_TNH.dtype in DTYPES, f"q is {q_TNH.dtype}, keys are {keys.dtype}")
-    fits = kv_H == H and N % K == 0 and layout.block_size == S and layout.prefix.shape[0] == T
-    require(fits, f"q {tuple(q_TNH.shape)} does not fit keys {tuple(keys.shape)} or the layout")
-    require(q_TNH.stride()[1:] == (H, 1), f"q has strides {q_TNH.stride()}; only rows may be strided")
+
+
+def check_attention(q_TNH: Tensor, dtype: torch.dtype, sizes: tuple[int, int, int], layout: KVLayout) -> None:
+    """Raise ``InternalError`` unless q fits the contract and a cache of ``dtype`` with ``sizes`` K, S and H."""
+    (T, N, H), (K, S, kv_H) = q_TNH.shape, sizes
+    if dtype not in DTYPES or q_TNH.dtype not in DTYPES:  # messages cost more than the checks
+        require(False, f"q is {q_TNH.dtype}, keys are {dtype}")
+    if kv_H != H or N % K or layout.block_size != S or layout.prefix.shape[0] != T:
+        require(False, f"q {tuple(q_TNH.shape)} does not fit a cache with (K, S, H) = {sizes} or the layout")
+    if q_TNH.stride()[1:] != (H, 1):
+        require(False, f"q has strides {q_TNH.stride()}; only rows may be strided")
 
 
 def check_layout(layout: KVLayout) -> None:
@@ -185,18 +235,21 @@ def check_layout(layout: KVLayout) -> None:
     require(sizes == (B + 1, B + 1, T, T), f"the layout has sizes {sizes} for {B} requests and {T} rows")
 
 
-def check_write(keys: Tensor, values: Tensor, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
-    """Raise ``InternalError`` unless the arguments of ``write_kv`` fit each other."""
-    K, H = keys.shape[1], keys.shape[3]
-    require(keys.shape == values.shape and keys.dtype == values.dtype, "keys and values differ in shape or dtype")
-    require(keys.is_contiguous() and values.is_contiguous(), "keys or values are not contiguous")
-    require(
-        slots.dtype == torch.int64 and slots.is_contiguous(), f"slots are {slots.dtype}; contiguous int64 is needed"
-    )
-    rows = (slots.shape[0], K, H)
+def check_write(kv_heads: int, head_dim: int, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
+    """Raise ``InternalError`` unless the arguments of ``write_kv`` fit each other and the cache."""
+    check_slots(slots)
+    rows = (slots.shape[0], kv_heads, head_dim)
     for name, x in (("k", k_TKH), ("v", v_TKH)):
-        require(x.shape == rows, f"{name} is {tuple(x.shape)}; {rows} is needed")
-        require(x.stride()[1:] == (H, 1), f"{name} has strides {x.stride()}; only rows may be strided")
+        if x.shape != rows:
+            require(False, f"{name} is {tuple(x.shape)}; {rows} is needed")
+        if x.stride()[1:] != (head_dim, 1):
+            require(False, f"{name} has strides {x.stride()}; only rows may be strided")
+
+
+def check_slots(slots: Tensor) -> None:
+    """Raise ``InternalError`` unless ``slots`` are a contiguous int64 vector."""
+    fits = slots.dtype == torch.int64 and slots.dim() == 1 and slots.is_contiguous()
+    require(fits, f"slots are {slots.dtype} {tuple(slots.shape)}; a contiguous int64 vector is needed")
 
 
 def require(fact: bool, message: str) -> None:

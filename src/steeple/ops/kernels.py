@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 
-from steeple.ops.linear import LinearOperation, NativeLinear
+from steeple.ops.linear import LinearLibrary, PackedWeight
 from steeple.ops.native import library_path
 from steeple.ops.norm import NativeNorm, NormOperation, torch_norm
+
+# weight [outputs, inputs], sections of the outputs -> packed, or None to leave it as it is
+Pack = Callable[[Tensor, int], PackedWeight | None]
+
+
+def leave(_weight: Tensor, _sections: int) -> None:
+    """Packs nothing: torch multiplies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """One operation of each kind; the defaults are the slow twins."""
+    """The defaults are the slow twins. ``library``: whole forwards in one call, where there is a native library."""
 
-    linear: LinearOperation = F.linear
+    pack: Pack = leave
     norm: NormOperation = torch_norm
+    library: Path | None = None
 
 
 @functools.cache
 def _native(path: Path) -> Kernels:
-    return Kernels(NativeLinear(path), NativeNorm(path))
+    return Kernels(LinearLibrary(path).pack, NativeNorm(path), path)
 
 
 def kernels(device: torch.device | str, native: bool | None = None) -> Kernels:

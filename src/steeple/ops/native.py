@@ -1,8 +1,8 @@
 """The native library: built from the sources beside this file at first use, and called through plain C.
 
-The library is compiled for the machine it runs on with the system's compiler ($CXX, g++, clang++ or c++), does not link
-against torch and is kept in the user's cache folder under a hash of sources, command, compiler and processor features.
-Without a compiler the reference serves, and the log says why, once.
+The library is compiled for the best instruction set of the processor (``LEVELS``) with the system's compiler ($CXX,
+g++, clang++ or c++), does not link against torch and is kept in the user's cache folder under a hash of sources,
+command and compiler. Without a compiler the reference serves, and the log says why, once.
 """
 
 from __future__ import annotations
@@ -22,13 +22,66 @@ from pathlib import Path
 
 from steeple.errors import ConfigError
 
-SOURCES = ("attention.cpp", "attention_kernel.h", "attention_call.h", "linear.h", "simd.h")
+SOURCES = (
+    "library.cpp",
+    "attention.cpp",
+    "attention.h",
+    "attention_call.h",
+    "attention_kernel.h",
+    "attention_tile.h",
+    "dense.h",
+    "forward.h",
+    "gemm.h",
+    "norm.h",
+    "simd.h",
+    "team.h",
+)
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
-THIS_MACHINE = ("-march=native",)
+LEVEL = "STEEPLE_LEVEL"  # environment: a name in LEVELS, to run code for a lesser processor
 SWITCH = "STEEPLE_NATIVE"  # environment: 0 = never native, 1 = native or an error
 COMPILE_SECONDS = 300
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What a processor can do, and how the compiler is told. ``needs``: names of its features in /proc/cpuinfo."""
+
+    flags: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+_AVX512 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+LEVELS = {
+    "avx512bf16": Level(("-march=x86-64-v4", "-mavx512bf16"), (*_AVX512, "avx512_bf16")),
+    "avx512": Level(("-march=x86-64-v4",), _AVX512),
+    "avx2": Level(("-march=x86-64-v3",), ("avx2", "fma", "f16c", "bmi2")),
+    "x86-64": Level((), ("sse2",)),
+    "native": Level(("-march=native",)),  # other architectures: whatever the compiler makes of this machine
+}
+"""The best that the processor has is chosen when the library is first used."""
+
+
+def level() -> str:
+    """The first of ``LEVELS`` that this processor can run, or the one that STEEPLE_LEVEL names.
+
+    Raises ``ConfigError`` if that is unknown or beyond the processor.
+    """
+    features = _features()
+    able = [name for name, level in LEVELS.items() if set(level.needs) <= features]
+    wanted = os.environ.get(LEVEL)
+    if not wanted:
+        return able[0]
+    if wanted not in able:
+        raise ConfigError(f"{LEVEL} = {wanted!r} is not possible here; give one of {', '.join(able)}.")
+    return wanted
+
+
+def _features() -> frozenset[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +108,7 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "steeple"
 
 
-def build(machine: tuple[str, ...] = THIS_MACHINE) -> Build:
+def build(machine: tuple[str, ...]) -> Build:
     """Compile the kernels with the flags ``machine``, unless the cache folder has them already."""
     command = (*compiler(), *FLAGS, *machine)
     if command[0] == FLAGS[0]:
@@ -66,7 +119,7 @@ def build(machine: tuple[str, ...] = THIS_MACHINE) -> Build:
         macros = _run((*command[: -len(FLAGS) - len(machine)], *machine, "-dM", "-E", "-x", "c++", os.devnull))
         parts = [*command, macros, *((here / name).read_text() for name in SOURCES)]
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-        path = cache_folder() / f"attention-{key}.so"
+        path = cache_folder() / f"steeple-{key}.so"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             # A folder of its own and a rename: processes that build at the same time do not meet.
@@ -88,8 +141,17 @@ def _run(command: tuple[str, ...]) -> str:
 
 def torch_team() -> int | None:
     """Address of ``GOMP_parallel`` of the OpenMP runtime that torch has loaded, so that both use the same threads."""
+    return _address("GOMP_parallel")
+
+
+def team_size() -> int | None:
+    """Address of ``omp_get_num_threads``: a team may be smaller than it was asked to be."""
+    return _address("omp_get_num_threads")
+
+
+def _address(name: str) -> int | None:
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+        return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value
     except (AttributeError, TypeError, OSError):
         return None  # another runtime: the library starts threads of its own
 
@@ -97,9 +159,9 @@ def torch_team() -> int | None:
 @functools.cache
 def _load() -> Path | str:
     """The library of this process, loaded once; or the reason why there is none, which is logged here once."""
-    made = build()
+    made = build(LEVELS[level()].flags)
     if made.path is None:
-        made = build(machine=())  # a compiler that does not know its own machine
+        made = build(())  # a compiler that does not know this processor
     reason = made.reason
     if made.path is not None:
         try:

@@ -10,6 +10,9 @@
 #include <immintrin.h>
 #endif
 
+// A compiler that has inlined much already stops before the innermost steps.
+#define HOT [[gnu::always_inline]]
+
 namespace simd {
 
 #if defined(__AVX512F__)
@@ -32,7 +35,7 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 
-template <class V> inline V load(const void* from) {
+template <class V> HOT inline V load(const void* from) {
     V v;
     std::memcpy(&v, from, sizeof(V));
     return v;
@@ -42,10 +45,10 @@ template <class V> inline V load_part(const void* from, int bytes) {  // zeros a
     std::memcpy(&v, from, bytes);
     return v;
 }
-template <class V> inline void store(void* to, V v) { std::memcpy(to, &v, sizeof(V)); }
+template <class V> HOT inline void store(void* to, V v) { std::memcpy(to, &v, sizeof(V)); }
 
-inline vf splat(float x) { return x - vf{}; }
-inline vi splat(int32_t x) { return x - vi{}; }
+HOT inline vf splat(float x) { return x - vf{}; }
+HOT inline vi splat(int32_t x) { return x - vi{}; }
 inline vu widen_bits(vh h) {
 #if defined(__AVX512F__)
     return (vu)_mm512_maskz_cvtepu16_epi32((__mmask16)-1, (__m256i)h);
@@ -59,7 +62,7 @@ inline vf widen(vh h) { return (vf)(widen_bits(h) << 16); }                     
 inline vi zip(vh a, vh b) { return (vi)(widen_bits(a) | (widen_bits(b) << 16)); }  // pairs (a_i, b_i)
 inline vf low_half(vi pair) { return (vf)(pair << 16); }                            // first of two bfloat16
 inline vf high_half(vi pair) { return (vf)(pair & splat((int32_t)0xffff0000)); }  // second
-inline vf larger(vf a, vf b) { return a > b ? a : b; }
+HOT inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
 inline vi lane_numbers() {
     vi lane = {};
@@ -123,7 +126,7 @@ inline void transpose_quarters(vi (&r)[4]) {  // 4 x 4 words within every quarte
 
 template <int D, int... L> inline vi fold_by(vi v, Lanes<L...>) { return pick<(L ^ D)...>(v, v); }
 template <int D> inline vi swapped(vi v) { return fold_by<D>(v, AllLanes{}); }
-inline float largest(vf v) {
+HOT inline float largest(vf v) {
     if constexpr (W > 8) v = larger(v, (vf)swapped<8 % W>((vi)v));
     if constexpr (W > 4) v = larger(v, (vf)swapped<4 % W>((vi)v));
     v = larger(v, (vf)swapped<2>((vi)v));
@@ -136,26 +139,37 @@ inline float total(vf v) {
     return (v + (vf)swapped<1>((vi)v))[0];
 }
 
-// 2^x to 2 ulp for x <= 127; exactly 1 at 0 and exactly 0 below -126.
-inline vf exp2(vf x) {
-    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    const vf low = splat(-126.0f), zero = {};
-    const vf y = larger(x, low), shifted = y + magic, f = y - (shifted - magic);
+// 2^f to 2 ulp for -0.5 <= f <= 0.5; exactly 1 at 0.
+HOT inline vf exp2_fraction(vf f) {
     vf p = splat(1.5403530e-4f);
     p = p * f + 1.3333558e-3f;
     p = p * f + 9.6181291e-3f;
     p = p * f + 5.5504109e-2f;
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
+    return p * f + 1.0f;
+}
+
+// 2^x to 2 ulp for x <= 127; exactly 1 at 0 and exactly 0 below -126.
+HOT inline vf exp2(vf x) {
+#if defined(__AVX512F__)
+    constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const __m512 whole = _mm512_maskz_roundscale_ps((__mmask16)-1, (__m512)x, NEAREST);
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
+    return (vf)_mm512_maskz_scalef_ps(normal, (__m512)exp2_fraction(x - (vf)whole), whole);
+#else
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    const vf low = splat(-126.0f), zero = {};
+    const vf y = larger(x, low), shifted = y + magic;
     const vi exponent = ((vi)shifted - (vi)magic) << 23;
-    return x < low ? zero : (vf)((vi)p + exponent);
+    return x < low ? zero : (vf)((vi)exp2_fraction(y - (shifted - magic)) + exponent);
+#endif
 }
 
 // acc + products of two pairs of bfloat16 per lane, and the narrowing to them. Only where HAS_DOT.
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
-inline vf dot(vf acc, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
-inline vi narrow_pairs(vf first, vf second) {  // bfloat16, elements of first and then of second
+HOT inline vf dot(vf acc, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+HOT inline vi narrow_pairs(vf first, vf second) {  // bfloat16, elements of first and then of second
     return (vi)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
 #else
@@ -165,7 +179,7 @@ inline vi narrow_pairs(vf first, vf) { return (vi)first; }
 
 // acc + q * k for one 32-bit word of a key per lane: one float32 or two bfloat16.
 enum Kind { F32 = 0, BF16 = 1, BF16_DOT = 2 };
-template <int KIND> inline vf step(vf acc, const float* q, vi k) {
+template <int KIND> HOT inline vf step(vf acc, const float* q, vi k) {
     if constexpr (KIND == F32) return acc + splat(q[0]) * (vf)k;
     if constexpr (KIND == BF16) return (acc + splat(q[0]) * low_half(k)) + splat(q[1]) * high_half(k);
     return dot(acc, splat(load<int32_t>(q)), k);

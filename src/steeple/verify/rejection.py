@@ -45,24 +45,16 @@ class Rejection:
             q_token = torch.where(row >= 0, drawn_p, q_token)
         u = uniform(self._seed[request], self._counter[request], Stream.ACCEPT, node - self._first[request])
         kept = u * q_token < p_token
-        self._refuse(request[~kept], law[~kept], token[~kept], row[~kept])
+        self._refuse(request[~kept], law[~kept], node[~kept])
         self._refused[request[kept]] = False
         return kept
 
-    def _refuse(self, request: Tensor, law: Tensor, token: Tensor, row: Tensor) -> None:
+    def _refuse(self, request: Tensor, law: Tensor, node: Tensor) -> None:
         if request.numel() == 0:
             return
-        p = self._law(request, law)
-        left = p.clone()
-        left[torch.arange(request.shape[0], device=p.device), token] = 0.0
-        if self._draft.probs is not None:
-            drawn = (p - self._draft.probs[row.clamp(min=0)]).clamp(min=0.0)
-            left = torch.where((row >= 0).unsqueeze(1), drawn, left)
-        mass = left.sum(dim=-1, keepdim=True)
-        # Rounding alone can leave nothing (p equals q): then p itself is what remains.
-        left = torch.where(mass > 0, left / mass.clamp(min=torch.finfo(left.dtype).tiny), p)
+        left = residual(self._law(request, law), self._draft, node)
         if self._residual is None:
-            self._residual = torch.zeros(self._seed.shape[0], p.shape[1], dtype=p.dtype, device=p.device)
+            self._residual = torch.zeros(self._seed.shape[0], left.shape[1], dtype=left.dtype, device=left.device)
         self._residual[request] = left
         self._refused[request] = True
 
@@ -70,3 +62,18 @@ class Rejection:
         """Recovered token after a refusal, bonus token after none: drawn from the law the walk ended with."""
         everyone = torch.arange(law.shape[0], device=law.device)
         return draw(self._law(everyone, law), uniform(self._seed, self._counter, Stream.FINAL))
+
+
+def residual(p_MV: Tensor, draft: Draft, refused_M: Tensor) -> Tensor:
+    """What is left of the laws ``p_MV`` once the nodes ``refused_M`` were refused: norm(max(p - q, 0))."""
+    token, row = draft.tokens[refused_M].unsqueeze(1), draft.row[refused_M]
+    if draft.probs is None:
+        left = p_MV.scatter(1, token, 0.0)
+    else:
+        left = (p_MV - draft.probs[row.clamp(min=0)]).clamp_(min=0.0)
+        chosen = row < 0
+        if bool(chosen.any()):
+            left = torch.where(chosen.unsqueeze(1), p_MV.scatter(1, token, 0.0), left)
+    mass = left.sum(dim=-1, keepdim=True)
+    # Rounding alone can leave nothing (p equals q): then p itself is what remains.
+    return torch.where(mass > 0, left / mass.clamp(min=torch.finfo(left.dtype).tiny), p_MV)

@@ -64,4 +64,5 @@ def walk(draft: Draft, rule: Rule, root_law: Tensor, node_law: Tensor) -> Verdic
     emitted[:, -1] = True
     offsets = torch.zeros(B + 1, dtype=torch.int64, device=device)
     offsets[1:] = emitted.sum(dim=1).cumsum(0)
-    return Verdict(tokens[emitted], offsets, nodes[chosen], judged[emitted])
+    host = (x.cpu().numpy() for x in (tokens[emitted], offsets, nodes[chosen], judged[emitted]))
+    return Verdict(*host)
