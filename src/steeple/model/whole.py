@@ -110,7 +110,10 @@ class NativeForward:
             *(_layer(decoder, cache, index) for index in range(decoder.config.num_layers))
         )
         self._model = _model(decoder, cache, self._layers)
+        self._model_at = ctypes.addressof(self._model)
         self._seconds = (_REAL * len(PARTS))()
+        self._batch: Batch | None = None
+        self._step = _Step()
         self._room = zeros((0,), torch.uint8, decoder.device)
         self.timing = False
 
@@ -127,36 +130,41 @@ class NativeForward:
 
     def __call__(self, batch: Batch, keep: Sequence[int]) -> Hidden | None:
         """See ``WholeForward``."""
-        layout, config, dtype = batch.layout, self._decoder.config, self._decoder.dtype
-        rows = batch.tokens.shape[0]
-        final_TD = torch.empty((rows, config.hidden_size), dtype=dtype)
+        config = self._decoder.config
+        final_TD = torch.empty((batch.tokens.shape[0], config.hidden_size), dtype=self._decoder.dtype)
         kept = {layer: torch.empty_like(final_TD) for layer in keep}
-        pointers = None
-        if kept:
-            pointers = (_POINTER * config.num_layers)(
-                *(kept[layer].data_ptr() if layer in kept else None for layer in range(config.num_layers))
-            )
-        of_batch = (batch.tokens, batch.positions, batch.slots)
-        of_layout = (layout.cu_rows, layout.blocks, layout.cu_blocks, layout.prefix, layout.ancestors, layout.text_len)
-        step = _Step(
-            *(field.data_ptr() for field in (*of_batch, *of_layout, layout.positions)),
-            rows,
-            layout.text_len.shape[0],
-            layout.blocks.shape[0],
-            final_TD.data_ptr(),
-            ctypes.cast(pointers, _POINTER) if pointers is not None else None,
-            ctypes.addressof(self._seconds) if self.timing else None,
-            self._room_for(rows),
-            torch.get_num_threads(),
-            *self._team,
-        )
-        self._require(self._forward(ctypes.byref(self._model), ctypes.byref(step)))
+        step = self._step_of(batch)
+        step.hidden = final_TD.data_ptr()
+        pointers = (_POINTER * (config.num_layers if kept else 0))()
+        for layer, x_TD in kept.items():
+            pointers[layer] = x_TD.data_ptr()
+        step.keep = ctypes.addressof(pointers) if kept else None
+        step.parts = ctypes.addressof(self._seconds) if self.timing else None
+        step.threads = torch.get_num_threads()
+        self._require(self._forward(self._model_at, ctypes.addressof(step)))
         return Hidden(final_TD, kept)
+
+    def _step_of(self, batch: Batch) -> _Step:
+        """What points to the batch. A batch maker fills the same batch again and again, so this is rarely made anew:
+        after a forward the processor's caches hold weights and keys, and every line of Python is slow.
+        """
+        if batch is not self._batch:
+            layout = batch.layout
+            of_batch = (batch.tokens, batch.positions, batch.slots)
+            of_layout = (layout.cu_rows, layout.blocks, layout.cu_blocks, layout.prefix, layout.ancestors)
+            fields = (*of_batch, *of_layout, layout.text_len, layout.positions)
+            step = self._step = _Step(*(field.data_ptr() for field in fields))
+            step.rows, step.requests = batch.tokens.shape[0], layout.text_len.shape[0]
+            step.entries = layout.blocks.shape[0]
+            step.run, step.size = self._team
+            step.room = self._room_for(step.rows)
+            self._batch = batch
+        return self._step
 
     def _room_for(self, rows: int) -> int:
         """Kept from step to step: fresh memory costs a page fault every 4 KiB."""
         needed: int = self._room_of(ctypes.byref(self._model), rows)
-        if needed > self._room.numel():
+        if needed > self._room.numel():  # the step in use is made anew with it
             self._room = zeros((needed,), torch.uint8, self._decoder.device)
         return self._room.data_ptr()
 

@@ -182,22 +182,52 @@ struct Thread {
         }
     }
 
+    attention::Store store(const Layer& layer) const {
+        return {layer.keys, layer.values, m.kv_heads, m.block_size, m.head_dim, m.bf16 != 0};
+    }
+
+    // Few rows are shared out by heads, so that threads do not write to the same lines of the cache; many by rows.
+    bool by_heads() const { return s.rows < 16 * threads; }
+
+    void rotate_head(const Layer& layer, char* row, int64_t head, int64_t position) const {
+        const int64_t H = m.head_dim * m.element();
+        const char* weight = head < m.heads ? layer.q_norm : layer.k_norm;
+        if (weight) norm::row(row + head * H, weight, row + head * H, m.head_dim, (float)m.eps, m.bf16);
+        rotate(row + head * H, position);
+    }
+
     void rotate_and_store(int64_t l) {
         const Layer& layer = m.layers[l];
         if (number == 0) attention::restart(*f.jobs[f.job_of[l]], f.qkv, layer.keys, layer.values, f.seen);
-        const int64_t N = m.heads, K = m.kv_heads, H = m.head_dim * m.element();
-        const attention::Store store{layer.keys, layer.values, K, m.block_size, m.head_dim, m.bf16 != 0};
-        for (int64_t t = begin(); t < end(); t++) {
-            char* row = f.qkv + t * m.qkv_heads() * H;
-            for (int64_t head = 0; head < N + K; head++) {
-                const char* weight = head < N ? layer.q_norm : layer.k_norm;
-                if (weight) norm::row(row + head * H, weight, row + head * H, m.head_dim, (float)m.eps, m.bf16);
-                rotate(row + head * H, s.positions[t]);
+        const attention::Store to = store(layer);
+        const int64_t N = m.heads, K = m.kv_heads, H = m.head_dim * m.element(), row_bytes = m.qkv_heads() * H;
+        const int64_t first = by_heads() ? 0 : begin(), last = by_heads() ? s.rows : end();
+        for (int64_t head = by_heads() ? number : 0; head < N + K; head += by_heads() ? threads : 1)
+            for (int64_t t = first; t < last; t++) {
+                char* row = f.qkv + t * row_bytes;
+                rotate_head(layer, row, head, s.positions[t]);
+                if (head >= N) attention::put(to, s.slots[t], head - N, row + head * H, row + (head + K) * H);
             }
-            for (int64_t head = 0; head < K; head++)
-                attention::put(store, s.slots[t], head, row + (N + head) * H, row + (N + K + head) * H);
-        }
         meet(CACHE_PART);
+    }
+
+    // The lines that rotate_and_store will write are scattered, and nobody has read them lately: fetch them while the
+    // projection before it reads its weights.
+    void fetch_places(int64_t l) const {
+        if (!by_heads()) return;
+        const attention::Store to = store(m.layers[l]);
+        const int64_t word = to.dims() * to.bytes() * to.block_size, size = m.head_dim * to.bytes();
+        for (int64_t head = 0; head < m.kv_heads; head++) {
+            if ((m.heads + head) % threads != number) continue;
+            for (int64_t t = 0; t < s.rows; t++) {
+                const int64_t at = to.head_of(s.slots[t], head), offset = s.slots[t] % to.block_size;
+                if (t && s.slots[t] / to.block_size == s.slots[t - 1] / to.block_size) continue;
+                for (int64_t i = 0; i < to.head_bytes(); i += std::max<int64_t>(64, word))
+                    __builtin_prefetch(to.keys + at + i + offset * word / to.block_size, 1, 2);
+                for (int64_t i = 0; i < size * to.pair(); i += 64)
+                    __builtin_prefetch(to.values + at + offset / to.pair() * size * to.pair() + i, 1, 2);
+            }
+        }
     }
 
     void attend(int64_t l) {
@@ -209,6 +239,7 @@ struct Thread {
         const Layer& layer = m.layers[l];
         const int64_t D = m.hidden, wide = m.heads * m.head_dim;
         const bool last = l + 1 == m.num_layers;
+        fetch_places(l);
         linear(layer.qkv, dense::STORE, f.h, D, f.qkv, m.qkv_heads() * m.head_dim);
         rotate_and_store(l);
         attend(l);
