@@ -13,7 +13,8 @@ from torch import Tensor
 from steeple.cache.batch import Span, make_batch
 from steeple.cache.paged import PagedCache
 from steeple.errors import InternalError
-from steeple.model import Decoder
+from steeple.hf import resolve
+from steeple.model import Decoder, load_decoder
 from steeple.model.decoder import Hidden
 from steeple.model.run import Runner
 from steeple.model.whole import PARTS, NativeForward
@@ -170,3 +171,21 @@ def test_what_it_does_not_have_it_leaves_to_the_decoder(tmp_path: Path) -> None:
     decoder.use(kernels("cpu"))
     cache = PagedCache(decoder.config, blocks=4, block_size=16, dtype=torch.float32, attention=ReferenceAttention())
     assert not NativeForward.supported(decoder, cache)
+
+
+def test_of_equal_tokens_the_first_is_best(tmp_path: Path) -> None:
+    side = Side(loaded(published("llama"), tmp_path), native=True)
+    nothing = torch.zeros(3, side.runner.decoder.config.hidden_size)
+    assert side.runner.best(nothing).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_the_work_of_a_real_model(dtype: torch.dtype) -> None:
+    """A tiny model is not worth a second thread; this one is, with few rows (by heads) and with many (by rows)."""
+    decoders = [load_decoder(resolve("demo"), dtype=dtype) for _ in range(2)]
+    native, twin = Side(decoders[0], native=True), Side(decoders[1], native=False)
+    steps = (((3, 1, 2), TREES, 0), ((100, 80, 90), ((), (), ()), 3))
+    for texts, trees, start in steps:
+        found, wanted = (s.forward(s.batch(texts, trees, start)).final_TD for s in (native, twin))
+        close(found, wanted, 1e-5 if dtype == torch.float32 else 0.1)
+        assert (found.float() - wanted.float()).norm() < 0.02 * wanted.float().norm()
