@@ -24,6 +24,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 STDOUT = "-"
 FILE_WIDTH = 240
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+TALKERS = ("torchao", "torch.utils._pytree")
 
 
 def speaker() -> Console:
@@ -47,6 +48,9 @@ class Shell:
         logger = logging.getLogger("steeple")
         logger.setLevel(LEVELS[min(verbose, len(LEVELS) - 1)])
         logger.handlers = [RichHandler(console=shell.console, show_path=False, show_time=verbose > 0)]
+        # What torchao says when it is imported concerns its own GPU kernels; transformers imports it wherever it lies.
+        for talker in TALKERS:
+            logging.getLogger(talker).setLevel(logging.WARNING if verbose else logging.ERROR)
         if json is not None and json != STDOUT and not os.access(Path(json).absolute().parent, os.W_OK):
             raise StorageError(f"--json {json}: its folder does not exist or cannot be written; make it first.")
         return shell
