@@ -145,8 +145,7 @@ class NativeForward:
         return Hidden(final_TD, kept)
 
     def _step_of(self, batch: Batch) -> _Step:
-        """What points to the batch. A batch maker fills the same batch again and again, so this is rarely made anew.
-        """
+        """What points to the batch. A batch maker fills the same batch again, so this is rarely made anew."""
         if batch is not self._batch:
             layout = batch.layout
             of_batch = (batch.tokens, batch.positions, batch.slots)
