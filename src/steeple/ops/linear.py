@@ -1,8 +1,8 @@
 """Packed linear layers: weights laid out once in the order in which the native kernel reads them.
 
 ``torch.nn.functional.linear`` over the unpacked weight is the slow twin. The kernel reads a weight once for all rows,
-comes near the processor's arithmetic peak where there are many, and sums every output in the order of the input, whatever
-the number of rows: a pass over k + 1 tokens gives bit for bit what k + 1 passes give.
+comes near the processor's arithmetic peak where there are many, and sums every output in the order of the input,
+whatever the number of rows: a pass over k + 1 tokens gives bit for bit what k + 1 passes give.
 """
 
 from __future__ import annotations
