@@ -100,17 +100,17 @@ def make_engine(method: str, batch: int) -> tuple[Engine, list[StubRunner]]:
         block_size=BLOCK,
         step_tokens=8192,
     )
+    cache = PagedCache(CONFIG, blocks=blocks, block_size=BLOCK, dtype=torch.float32, attention=around.attention)
     drafter: Drafter | None = None
     stubs = [StubRunner(decoder, 8192)]
     if method == "ngram":
         drafter = NGramConfig(k=4).build(around)
     elif method == "small_lm":
         small = SmallLM(SmallLMConfig(k=4), decoder, around)
-        small.prepare(blocks)
+        small.prepare(cache)
         stubs.append(StubRunner(decoder, 8192))
         small._runner = stubs[1]  # type: ignore[assignment]
         drafter = small
-    cache = PagedCache(CONFIG, blocks=blocks, block_size=BLOCK, dtype=torch.float32, attention=around.attention)
     engine = Engine(
         EngineParts(
             decoder=decoder,

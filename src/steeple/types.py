@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -214,6 +214,10 @@ class KVLayout:
     text_len  [B] int32       node j of request b is stored at sequence position text_len[b] + j
     positions [T] int32       rotary position of each row
     node_row  [B] int32       row of the request's node 0; its nodes are its last rows
+
+    Layers and key/value heads may have block tables of their own, all of the same lengths: the table of request b for
+    layer l and head h begins at ``blocks[l * layer_stride + h * head_stride + cu_blocks[b]]``. What a row sees counts
+    positions of the table; a stride of 0 means one table for all. Rows are written at their slots in any case.
     """
 
     cu_rows: Tensor
@@ -225,6 +229,14 @@ class KVLayout:
     text_len: Tensor
     positions: Tensor
     node_row: Tensor
+    layer_stride: int = 0
+    head_stride: int = 0
+
+    def of_layer(self, layer: int) -> KVLayout:
+        """The layout of one layer by itself: its block tables (not copied), and no ``layer_stride``."""
+        if not self.layer_stride:
+            return self
+        return replace(self, blocks=self.blocks[layer * self.layer_stride :], layer_stride=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,7 +141,7 @@ def test_the_floor_is_the_larger_of_both_times() -> None:
 
 
 def run_of(rounds: int, committed: int, verify: float, draft: float = 0.0, accepted: tuple[int, ...] = ()) -> Run:
-    timing = Timing(rounds, rounds * 2, committed, draft, verify, 0.0, list(accepted), 10.0, 100, 4.0)
+    timing = Timing(rounds, rounds * 2, committed, 0, draft, verify, 0.0, list(accepted), 10.0, 100, 4.0)
     return Run(timing, [[1], [2]])
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from steeple.bench.config import BenchConfig
 from steeple.bench.step.config import StepConfig
+from steeple.bench.sweep.config import SweepConfig
 from steeple.cli import bench as bench_command
 from steeple.cli import bench_step as step_command
 from steeple.cli import main
@@ -46,6 +47,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(bench_command, "run_bench", run)
     monkeypatch.setattr(bench_command, "bench_table", lambda result: "the table of drafters")
+    monkeypatch.setattr(bench_command, "run_sweep", lambda config, progress, file: run((config, file), progress))
+    monkeypatch.setattr(bench_command, "sweep_table", lambda result: "the table of the sweep")
     monkeypatch.setattr(step_command, "run_step", run)
     return seen
 
@@ -56,6 +59,20 @@ def test_bench_alone_compares_drafters(called: list[Any], capsys: pytest.Capture
     captured = capsys.readouterr()
     assert json.loads(captured.out) == RESULT
     assert captured.err == "the table of drafters\n"
+
+
+def test_a_sweep_has_settings_and_defaults_of_its_own(
+    called: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert steeple("bench", "--sweep") == 0
+    file = tmp_path / "sweep.json"
+    assert steeple("bench", "--sweep", "--ks", "2,4", "--drafters", "ngram", "--mixed", "--json", str(file)) == 0
+    assert called == [
+        (SweepConfig(), None),
+        (SweepConfig(ks=(2, 4), drafters=("ngram",), mixed=True), file),
+    ]
+    assert json.loads(file.read_text()) == RESULT
+    assert capsys.readouterr().err == "the table of the sweep\n" * 2
 
 
 def test_bench_step_times_steps(called: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +92,8 @@ def test_help_of_both(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert BENCH["step"][1] in text
     assert "--drafters" in text
     assert "--json" in text
+    assert "bench: 64; sweep: 48" in " ".join(text.split())
+    assert "--sweep only: draft nodes per round" in " ".join(text.split())
     assert steeple("bench", "step", "--help") == 0
     text = capsys.readouterr().out
     assert "steeple bench step [OPTIONS]" in text
@@ -89,6 +108,8 @@ def test_wrong_calls_are_one_message(called: list[Any], capsys: pytest.CaptureFi
         (("step", "--rows", "65"), "StepConfig.rows = 65 is out of range; give a value from 1 to 64."),
         (("step", "--rws", "5"), "--rows"),
         (("--max-tokens", "2"), "BenchConfig.max_tokens = 2 is out of range"),
+        (("--ks", "2"), "--ks is not for this kind of bench; add --sweep."),
+        (("--sweep", "--step-tokens", "9"), "--step-tokens is not for this kind of bench; leave it out"),
     ):
         assert steeple("bench", *arguments) == 2
         assert says in capsys.readouterr().err

@@ -10,6 +10,7 @@ import torch
 import transformers
 from tiny import tiny_model
 
+from steeple.cache.paged import PagedCache
 from steeple.config import ModelConfig
 from steeple.draft.base import Surroundings
 from steeple.draft.small_lm import SmallLM, SmallLMConfig
@@ -60,7 +61,8 @@ def around(target: Decoder, *, step_tokens: int = 64, folder: object = None, tok
 
 def a_drafter(small: Decoder, target: Decoder | None = None, *, blocks: int = 64, step_tokens: int = 64) -> SmallLM:
     drafter = SmallLM(SmallLMConfig(k=4), small, around(target or a_decoder(9), step_tokens=step_tokens))
-    drafter.prepare(blocks)
+    shape, dtype = (target or a_decoder(9)).config, torch.float32
+    drafter.prepare(PagedCache(shape, blocks=blocks, block_size=2, dtype=dtype, attention=ReferenceAttention()))
     return drafter
 
 

@@ -71,6 +71,26 @@ def test_a_perfect_drafter_is_counted_as_perfect(target: LoadedModel, target_fol
     assert (timing.rounds, timing.committed, timing.accepted) == (2, 24, [6, 6, 6])
 
 
+def test_a_run_can_end_once_enough_is_written(target: LoadedModel, target_folder: Path) -> None:
+    """Of a perfect drafter with 1 node instead of 3: 1 token from the prompt, then 2 a round: 9 is past 8."""
+    config = drafter_config(f"small_lm:{target_folder}", k=3)
+    engine = build_engine(target, EngineConfig(kv_tokens=512), config)
+    engine.budget = lambda _request: 1
+    run = run_requests(engine, _requests(100), nodes=1, tokens=8)
+    assert [len(output) for output in run.outputs] == [9, 9, 9]
+    timing = run.timing
+    assert (timing.rounds, timing.committed, timing.drafted, timing.accepted) == (3, 18, 9, [9])
+    assert engine.idle
+
+
+def test_a_run_ends_where_a_request_has_no_room_for_a_full_draft(target: LoadedModel, target_folder: Path) -> None:
+    """Every round that began counts, but for the first: 1 + 4 + 4 + 4 of 16 leave room for 3 nodes, but for no root."""
+    config = drafter_config(f"small_lm:{target_folder}", k=3)
+    run = run_requests(build_engine(target, EngineConfig(kv_tokens=512), config), _requests(16), tokens=50)
+    assert [len(output) for output in run.outputs] == [13, 13, 13]
+    assert run.timing.rounds == 2
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_prompts_are_computed_anew_in_every_repeat(target: LoadedModel, target_folder: Path, share: bool) -> None:
     """Neither the target's cache nor the drafter's remembers a prompt where prefixes are not shared."""

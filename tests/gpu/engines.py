@@ -87,8 +87,9 @@ def build(
     drafter = drafters(target, bad)[row](around)
     if drafter is not None:
         drafter = OnDevice(Checked(drafter, target.config.vocab_size), device)
-        drafter.prepare(kind.blocks)
     cache, scratch = paged(target, attention, kind)
+    if drafter is not None:
+        drafter.prepare(cache)
     parts = EngineParts(
         decoder=target,
         cache=cache,

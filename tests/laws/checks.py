@@ -90,9 +90,11 @@ SAMPLED = [replace(list(PROCESSORS.values())[i % len(PROCESSORS)], max_tokens=4 
 
 
 @functools.cache
-def lone_outputs(row: str) -> list[list[int]]:
-    """The truth of L3: every seeded request in an engine of its own."""
-    return [run(make_engine(row), [request])[0] for request in make_requests(prompts(), SAMPLED, seeds=True)]
+def lone_outputs(row: str, block_size: int) -> list[list[int]]:
+    """The truth of L3: each seeded request in an engine of its own. Windows are whole blocks, so their size matters."""
+    requests = make_requests(prompts(), SAMPLED, seeds=True)
+    cache = CacheKind(block_size=block_size, blocks=900)
+    return [run(make_engine(row, cache), [request])[0] for request in requests]
 
 
 def check_seeds(row: str, cache: CacheKind, *, join_every: int = 0, backwards: bool = False) -> int:
@@ -100,7 +102,7 @@ def check_seeds(row: str, cache: CacheKind, *, join_every: int = 0, backwards: b
     requests = make_requests(prompts(), SAMPLED, seeds=True)
     engine = make_engine(row, cache, batch_size=6, step_tokens=14)
     run(engine, requests[::-1] if backwards else requests, join_every=join_every)
-    for request, expected in zip(requests, lone_outputs(row), strict=True):
+    for request, expected in zip(requests, lone_outputs(row, cache.block_size), strict=True):
         assert request.output.tolist() == expected, f"{request.id} depends on its neighbours"
     return engine.stats.preemptions
 

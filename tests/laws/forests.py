@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steeple.cache.paged import PagedCache
 from steeple.draft.base import Drafter, Needs
 from steeple.errors import InternalError
 from steeple.model.decoder import Hidden
@@ -83,7 +84,7 @@ class Stateless:
         self.vocab, self.needs = vocab, Needs(nodes=nodes)
         self._served: set[str] = set()
 
-    def prepare(self, blocks: int) -> None: ...
+    def prepare(self, cache: PagedCache) -> None: ...
 
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> Draft:
         self._served.update(r.id for r in requests)
@@ -171,9 +172,9 @@ class Mixed:
     def _whose(self, request: Request) -> int:
         return zlib.crc32(request.id.encode()) % len(self._parts)
 
-    def prepare(self, blocks: int) -> None:
+    def prepare(self, cache: PagedCache) -> None:
         for part in self._parts:
-            part.prepare(blocks)
+            part.prepare(cache)
 
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> Draft:
         shares = []

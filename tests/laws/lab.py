@@ -15,8 +15,11 @@ from steeple.config import ModelConfig
 from steeple.draft.base import Drafter, Surroundings
 from steeple.draft.ngram import NGramConfig
 from steeple.draft.small_lm import SmallLM, SmallLMConfig
+from steeple.draft.sparse_self import SparseSelfConfig
+from steeple.draft.spire import SpireDraftConfig, spire_drafter
 from steeple.engine.engine import Engine, EngineParts
 from steeple.model.decoder import Decoder
+from steeple.model.spire import FeedbackMemory, SpireShape, prune
 from steeple.ops.attention import PagedAttention
 from steeple.ops.native_attention import attention_backend
 from steeple.request import Request
@@ -78,6 +81,17 @@ def _small(decoder: Decoder, k: int) -> Build:
     return lambda around: SmallLM(SmallLMConfig(k=k), decoder, around)
 
 
+def _spire(target: Decoder, k: int, *, feedback: bool = False, choose: str = "window") -> Build:
+    """The target's last layer, not trained, with a head of its own so that its laws differ from the target's."""
+    draft = prune(target, 1)
+    generator = torch.Generator().manual_seed(3)
+    draft.head.weight.add_(torch.randn(draft.head.weight.shape, generator=generator) * 0.3)
+    last = target.config.num_layers - 1
+    shape = SpireShape(target_layers=(last,), sink=1, window=3, feedback=feedback)
+    memory = FeedbackMemory(1).requires_grad_(False) if feedback else None
+    return lambda around: spire_drafter(SpireDraftConfig(k=k, choose=choose), shape, draft, memory, around)
+
+
 def drafters(target: Decoder = TARGET, bad: Decoder = BAD, k: int = 4) -> dict[str, Build]:
     """The rows of the matrix, for one target."""
     vocab = target.config.vocab_size
@@ -86,6 +100,14 @@ def drafters(target: Decoder = TARGET, bad: Decoder = BAD, k: int = 4) -> dict[s
         "ngram": lambda around: NGramConfig(k=k, min_match=1, max_match=3).build(around),
         "small_lm": _small(bad, k),
         "small_lm_self": _small(target, k),
+        "sparse_self": SparseSelfConfig(sink=1, window=3, k=k).build,
+        "sparse_self_wide": SparseSelfConfig(sink=0, window=2, k=k, width=3).build,
+        "sparse_self_compact": SparseSelfConfig(sink=1, window=3, k=k, compact=True).build,
+        "sparse_self_snapkv": SparseSelfConfig(sink=1, window=2, k=k, choose="snapkv", budget=0.3).build,
+        "sparse_self_pillar": SparseSelfConfig(sink=1, window=2, k=k, choose="pillar", budget=6.0).build,
+        "spire": _spire(target, k),
+        "spire_pillar": _spire(target, k, choose="pillar"),
+        "spire_memory": _spire(target, k, feedback=True),
         "chosen_tree": lambda around: RandomTree(vocab, 2 * k),
         "drawn_tree": lambda around: DrawnTree(vocab, 2 * k),
         "motley_tree": lambda around: Motley(vocab, 2 * k),
@@ -97,6 +119,8 @@ def drafters(target: Decoder = TARGET, bad: Decoder = BAD, k: int = 4) -> dict[s
 
 
 ROWS = tuple(drafters())
+# What these draft depends on which rows the target's last steps had, or on how much of the cache was free.
+DEPEND_ON_HISTORY = ("sparse_self_compact", "sparse_self_snapkv", "sparse_self_pillar", "spire_pillar")
 
 
 def make_engine(
@@ -127,7 +151,6 @@ def make_engine(
     drafter = build(around)
     if drafter is not None:
         drafter = Checked(drafter, target.config.vocab_size)
-        drafter.prepare(cache.blocks)
     paged = PagedCache(
         target.config,
         blocks=cache.blocks,
@@ -136,6 +159,8 @@ def make_engine(
         share_prefixes=cache.share,
         attention=attention,
     )
+    if drafter is not None:
+        drafter.prepare(paged)
     return Engine(
         EngineParts(
             decoder=target,

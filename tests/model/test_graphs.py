@@ -147,6 +147,15 @@ def test_a_block_table_beyond_the_place_is_declined() -> None:
     assert graphs(replace(batch, layout=crowded), ()) is None
 
 
+def test_a_batch_with_tables_of_heads_or_page_scores_is_none_of_theirs() -> None:
+    _, graphs = pair(ReferenceAttention())
+    batch = make([Ask(5, 1)], 0)
+    assert graphs(batch, ()) is not None
+    assert graphs(batch, (), True) is None
+    for own in ({"layer_stride": 1}, {"head_stride": 1}):
+        assert graphs(replace(batch, layout=replace(batch.layout, **own)), ()) is None
+
+
 def test_padding_adds_one_request_that_sees_nothing() -> None:
     layout = make(STEPS[0], 0).layout
     assert padded(layout, 6) is layout
@@ -185,7 +194,7 @@ class Recorder:
         self._whole, self._served = whole, served
         self.logits, self.best = whole.logits, whole.best
 
-    def __call__(self, batch: Batch, keep: Sequence[int]) -> object:
-        hidden = self._whole(batch, keep)
+    def __call__(self, batch: Batch, keep: Sequence[int], scores: bool) -> object:
+        hidden = self._whole(batch, keep, scores)
         self._served.append(hidden is not None)
         return hidden

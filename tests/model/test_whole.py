@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +64,27 @@ class Side:
             spans.append(Span(name, start, tokens, self.cache.table(name)))
         return make_batch(spans, draft_of(trees, self.vocab), BLOCK, "cpu")
 
-    def forward(self, *batches: Batch, keep: tuple[int, ...] = ()) -> Hidden:
+    def forward(self, *batches: Batch, keep: tuple[int, ...] = (), scores: bool = False) -> Hidden:
         for batch in batches:
-            hidden = self.runner.forward(batch, keep=keep)
+            hidden = self.runner.forward(batch, keep=keep, scores=scores)
         return hidden
+
+    def shuffle(self, batch: Batch) -> Batch:
+        """Shuffle the blocks that ``batch`` does not write, for every layer and head by themselves, in the cache and in
+        the batch's tables."""
+        L, P, K = self.cache.keys.shape[:3]
+        free = torch.tensor(sorted(set(range(P)) - set((batch.slots // BLOCK).tolist())))
+        tables = []
+        for store in (self.cache.keys, self.cache.values):
+            old = store.clone()
+            for index in range(L * K):
+                layer, head, to = index // K, index % K, torch.arange(P)
+                to[free] = free[torch.from_numpy(np.random.default_rng(index).permutation(len(free)))]
+                store[layer][to, head] = old[layer][:, head]
+                tables.append(to[batch.layout.blocks.long()].int())
+        entries = batch.layout.blocks.shape[0]
+        strides = {"layer_stride": K * entries, "head_stride": entries}
+        return replace(batch, layout=replace(batch.layout, blocks=torch.cat(tables[: L * K]), **strides))
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
@@ -137,6 +155,56 @@ def test_a_tree_path_is_rounded_as_the_same_text(tmp_path: Path) -> None:
     as_text.tokens[9:] = path
     assert torch.equal(as_text.tokens[:9], as_tree.tokens[:9])
     assert torch.equal(text.forward(as_text).final_TD[9:], hidden[[10, 12, 13]])
+
+
+def tables_step(side: Side) -> Batch:
+    """A second step over some pages; the first is done."""
+    side.forward(side.batch((50, 35, 40), ((), (), ())))
+    return side.batch((1, 4, 1), TREES, start=35)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("case", ["llama", "gemma2"])
+def test_layers_and_heads_may_have_tables_of_their_own(case: str, native: bool, tmp_path: Path) -> None:
+    side = Side(loaded(published(case), tmp_path), native=native)
+    batch = tables_step(side)
+    wanted = side.forward(batch, scores=True)
+    shuffled = side.shuffle(batch)
+    assert not torch.equal(side.forward(batch).final_TD, wanted.final_TD), "nothing was shuffled"
+    found = side.forward(shuffled, scores=True)
+    assert torch.equal(found.final_TD, wanted.final_TD)
+    assert found.scores is not None
+    assert wanted.scores is not None
+    assert torch.equal(found.scores, wanted.scores)
+
+
+def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    side = Side(loaded(published("llama"), tmp_path), native=True)
+    batch = side.shuffle(tables_step(side))
+    layout = batch.layout
+    for changes in (
+        {"blocks": layout.blocks[:-1]},
+        {"layer_stride": layout.layer_stride + 1},
+        {"layer_stride": -1},
+        {"head_stride": layout.head_stride + 1},
+    ):
+        with pytest.raises(InternalError, match="block tables"):
+            side.forward(replace(batch, layout=replace(layout, **changes)))
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2"])
+def test_page_scores_of_all_layers_are_the_decoders_own(case: str, tmp_path: Path) -> None:
+    """gemma2: with windows in every other layer, and a softcap."""
+    model = published(case)
+    sides = [Side(loaded(model, tmp_path), native=native) for native in (True, False)]
+    found, wanted = (side.forward(tables_step(side), scores=True).scores for side in sides)
+    assert found is not None
+    assert wanted is not None
+    config = sides[0].runner.decoder.config
+    assert found.shape == (config.num_layers, config.num_kv_heads, int(tables_step(sides[0]).layout.cu_blocks[-1]))
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+    assert len({tuple(row.tolist()) for row in found.flatten(0, 1)}) == found.shape[0] * found.shape[1]
+    assert all(side.forward(side.batch()).scores is None for side in sides)
 
 
 def test_seconds_are_booked_by_part_on_request(tmp_path: Path) -> None:

@@ -113,6 +113,33 @@ def test_large_scores_do_not_overflow(small: TritonAttention) -> None:
     assert run(small, step, softcap=5.0).isfinite().all()
 
 
+def test_tables_of_heads_give_the_same_bits(small: TritonAttention) -> None:
+    """The blocks of every head shuffled by themselves, with a gap between two tables, and more behind the last."""
+    step = make_step(MIXED, Shape(6, 3, 16))
+    keys, values, tables = torch.empty_like(step.keys), torch.empty_like(step.values), []
+    for head in range(3):
+        to = torch.from_numpy(np.random.default_rng(head).permutation(keys.shape[0]))
+        keys[to, head], values[to, head] = step.keys[:, head], step.values[:, head]
+        tables += [to[step.layout.blocks.long()].int(), torch.zeros(2, dtype=torch.int32)]
+    layout = replace(step.layout, blocks=torch.cat(tables), head_stride=step.layout.blocks.shape[0] + 2)
+    own = replace(step, keys=keys, values=values, layout=layout)
+    want = run(small, step)
+    assert torch.equal(run(small, own), want)
+    known_by_contents = replace(own, layout=replace(layout, head_stride=0))
+    assert not torch.equal(run(small, known_by_contents), want)
+    place = small.place(HeadShape(6, 3, 16, F32, F32), 100, rows=200, table=200)
+    assert torch.equal(run(small, replace(own, layout=place.load(layout))), want)
+    for changes in ({"blocks": layout.blocks[:-3]}, {"layer_stride": 1}):
+        with pytest.raises(InternalError, match="Paged attention"):
+            run(small, replace(own, layout=replace(layout, **changes)))
+
+
+def test_page_scores_are_refused(small: TritonAttention) -> None:
+    step = make_step(FEW, Shape(4, 2, 16))
+    with pytest.raises(InternalError, match="on the CPU"):
+        small(step.q, step.keys, step.values, step.layout, scale=0.2, page_scores=torch.zeros(2, 40))
+
+
 @pytest.mark.parametrize(("dtype", "window"), [(F32, 0), (BF16, 40)])
 def test_how_work_is_shared_out_changes_no_bit(dtype: torch.dtype, window: int) -> None:
     """Each split by a program of its own and combined, or all by one: the same sums in the same order."""

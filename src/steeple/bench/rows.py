@@ -45,7 +45,7 @@ def cell_rows(
             "temperature": cell.temperature,
             "dtype": config.dtype,
             "max_tokens": config.max_tokens,
-            **_speed([run.timing for run in runs[method]], plain),
+            **speed([run.timing for run in runs[method]], plain),
             "floor_ms": floor_seconds * 1e3,
             "fraction_of_floor": floor_seconds / _mid(plain, lambda t: t.step) if method == PLAIN else None,
             "identical": identities[method].identical,
@@ -57,7 +57,7 @@ def cell_rows(
     ]
 
 
-def _speed(own: Sequence[Timing], plain: Sequence[Timing]) -> dict[str, Any]:
+def speed(own: Sequence[Timing], plain: Sequence[Timing]) -> dict[str, Any]:
     """Everything that a row says about time and acceptance. Ratios are those of the medians."""
     request_rounds = sum(t.request_rounds for t in own)
     tau = sum(t.committed for t in own) / request_rounds

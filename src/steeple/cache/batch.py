@@ -111,7 +111,7 @@ def _int32(values: Ints) -> Tensor:
     return torch.from_numpy(values.astype(np.int32))
 
 
-class _Tables:
+class BlockTables:
     """The block tables of a set of requests as one array ``[B * width]``, copied as far as they are known.
 
     A table is known by the object that holds it and by its length: while its request runs it may only grow.
@@ -169,7 +169,7 @@ class _Tables:
 class _Shape:
     """A batch whose requests have so many text rows and nodes: what these decide, and memory for what they do not."""
 
-    def __init__(self, tables: _Tables, lengths: Ints, counts: Ints) -> None:
+    def __init__(self, tables: BlockTables, lengths: Ints, counts: Ints) -> None:
         B = lengths.shape[0]
         rows = lengths + counts
         cu_rows = np.concatenate(([0], np.cumsum(rows)))
@@ -246,7 +246,7 @@ class BatchMaker:
     def __init__(self, block_size: int, device: torch.device | str) -> None:
         self._device = torch.device(device)
         self._on_host = self._device.type == "cpu"
-        self._tables = _Tables(block_size)
+        self._tables = BlockTables(block_size)
         self._shapes: dict[bytes, _Shape] = {}
 
     def make(

@@ -116,9 +116,9 @@ class PagedCache:
         return self._layers[index]
 
     def view(self, layer: int, batch: Batch) -> KVView:
-        """Committed and pending keys of the batch."""
+        """Committed and pending keys of the batch, and the layout of this layer."""
         keys, values = self._layers[layer]
-        return KVView(keys, values, batch.layout)
+        return KVView(keys, values, batch.layout.of_layer(layer))
 
     def commit(self, batch: Batch, kept: Sequence[Sequence[int]], texts: Sequence[NDArray[np.int64]]) -> None:
         """Move accepted nodes to their positions, drop the rest, name the blocks that are now full."""

@@ -19,7 +19,10 @@ COMMANDS = {
     "verify": ("steeple.cli.verify", "Prove on this machine that speculation changes nothing."),
     "convert": ("steeple.cli.convert", "Turn a GGUF or llama2.c checkpoint into a Hugging Face folder."),
 }
-TRAIN = {"lm": ("steeple.cli.train", "Train a language model from scratch; resumable.")}
+TRAIN = {
+    "lm": ("steeple.cli.train", "Train a language model from scratch; resumable."),
+    "spire": ("steeple.cli.train_spire", "Train a draft that reads its target's cache; resumable."),
+}
 BENCH = {"step": ("steeple.cli.bench_step", "Time one step, part by part, against the machine's floor.")}
 BELOW = {"bench": BENCH}
 """Commands that are one by themselves and have others below them."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steeple.cache.paged import PagedCache
 from steeple.model.decoder import Decoder, Hidden
 from steeple.ops.attention import PagedAttention
 from steeple.ops.kernels import Kernels
@@ -28,13 +29,16 @@ class Needs:
 
     hidden: target layers whose outputs ``observe`` wants. nodes: most nodes per request and round; the scheduler
     reserves them. shares_cache: reads the target's own cache. own_cache_bytes_per_token: what the drafter
-    keeps of every position of the text itself; the memory planner counts it.
+    keeps of every position of the text itself; the memory planner counts it. adaptive: the engine is to choose the
+    depth of every round, up to ``nodes``. scores: ``observe`` wants the scores of the pages (``Hidden.scores``).
     """
 
     hidden: tuple[int, ...] = ()
     nodes: int = 0
     shares_cache: bool = False
     own_cache_bytes_per_token: int = 0
+    adaptive: bool = False
+    scores: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,9 @@ class Drafter(Protocol):
     @property
     def needs(self) -> Needs: ...
 
-    def prepare(self, blocks: int) -> None:
-        """Allocate: the target's cache has ``blocks`` blocks, and that is how much text may run at once."""
+    def prepare(self, cache: PagedCache) -> None:
+        """Allocate. ``cache`` is the target's: its blocks are how much text may run at once, and a drafter that
+        ``shares_cache`` reads it, and writes behind the text of a request whose round it is."""
         ...
 
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> Draft: ...

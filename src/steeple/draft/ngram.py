@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from steeple.cache.paged import PagedCache
 from steeple.config import check_range
 from steeple.draft.base import Drafter, Needs, Surroundings, chains
 from steeple.errors import ConfigError, InternalError
@@ -89,7 +90,7 @@ class NGram:
     def needs(self) -> Needs:
         return Needs(nodes=self.config.k)
 
-    def prepare(self, blocks: int) -> None:
+    def prepare(self, cache: PagedCache) -> None:
         """Nothing to allocate."""
 
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> Draft:

@@ -19,14 +19,14 @@ from steeple import hf
 from steeple.cache.batch import BatchMaker, Ints
 from steeple.cache.paged import PagedCache
 from steeple.config import check_range
-from steeple.draft.base import Drafter, Needs, Surroundings, chain_forest
+from steeple.draft.base import Drafter, Needs, Surroundings
+from steeple.draft.chain import Chain
 from steeple.errors import ConfigError
 from steeple.model.accelerate import accelerate
 from steeple.model.decoder import Decoder, Hidden
 from steeple.model.load import load_decoder
 from steeple.model.run import Runner
-from steeple.ops.law import Counts, SamplingBatch, argmax, count_text, draw, penalise, probabilities
-from steeple.ops.rng import Stream
+from steeple.ops.law import SamplingBatch
 from steeple.request import Request
 from steeple.types import MAX_NODES, Batch, Draft
 
@@ -106,12 +106,12 @@ class SmallLM:
         own = self._decoder.config.kv_elements_per_token * self._around.dtype.itemsize
         return Needs(nodes=self.config.k, own_cache_bytes_per_token=own)
 
-    def prepare(self, blocks: int) -> None:
+    def prepare(self, cache: PagedCache) -> None:
         """A paged cache of its own, as long as the target's."""
         around = self._around
         self.cache = PagedCache(
             self._decoder.config,
-            blocks=blocks,
+            blocks=cache.pool.count,
             block_size=around.block_size,
             dtype=around.dtype,
             device=around.device,
@@ -134,7 +134,7 @@ class SmallLM:
         if self._sampling.requests != drafted:
             self._sampling = SamplingBatch.of(drafted, self._around.device)
             self._ones = np.ones(len(drafted), dtype=np.int64)
-        chain = _Chain(self._sampling, [nodes[b] for b in places], self._runner, self._vocab)
+        chain = Chain(self._sampling, [nodes[b] for b in places], self._runner, self._vocab)
         rows = _Rows.of(drafted, self.cache)
         chain.extend(self._catch_up(rows))
         for depth in range(1, max(nodes)):
@@ -197,7 +197,7 @@ class SmallLM:
                     last[place] = hidden[end - 1]
         return torch.stack([last[place] for place in range(len(states))])
 
-    def _advance(self, rows: _Rows, chain: _Chain, depth: int) -> Tensor:
+    def _advance(self, rows: _Rows, chain: Chain, depth: int) -> Tensor:
         """One more token of every chain that wants it."""
         active = chain.active(depth)
         starts, tokens = rows.lengths + (depth - 1), chain.tokens[depth - 1]
@@ -246,92 +246,3 @@ class _Rows:
             self.lengths[places],
             Draft.empty(len(places)),
         )
-
-
-class _Chain:
-    """Chains under construction, one per request, drawn from the processed law of the small model's logits."""
-
-    def __init__(self, sampling: SamplingBatch, budget: Sequence[int], runner: Runner, vocab: int) -> None:
-        self.budget: Ints = np.array(budget)
-        self.tokens: list[Ints] = []  # per depth [B]
-        self._everyone, self._shortest = np.arange(len(budget)), min(budget)
-        self._sampling, self._runner, self._vocab = sampling, runner, vocab
-        self._drawn: list[Ints] = []  # per depth: the chains that got a node
-        requests, laws = sampling.requests, sampling.laws
-        self._device = laws.temperature.device
-        self._counts: Counts | None = None
-        if laws.penalised:
-            texts = [(r.tokens[: r.prompt_len], r.output) for r in requests]
-            self._counts = count_text([t[0] for t in texts], [t[1] for t in texts], vocab, self._device)
-        self._probs: Tensor | None = None
-        if not laws.all_greedy:
-            counter = np.fromiter(map(len, requests), np.int64, len(requests))
-            lanes = np.arange(int(self.budget.max()))[:, None]
-            self._uniform = sampling.generators.uniform(counter, Stream.DRAFT, lanes)
-            self._probs = torch.empty(int(self.budget.sum()), vocab, device=self._device)
-            self._written = 0  # rows of the laws
-
-    def active(self, depth: int) -> Ints:
-        """Places whose budget asks for a node at ``depth``."""
-        return self._everyone if depth < self._shortest else np.flatnonzero(self.budget > depth)
-
-    def extend(self, hidden_RD: Tensor) -> None:
-        """Draw (or choose) the next node of every active chain."""
-        places = self.active(len(self.tokens))
-        # A model that knows more tokens than the target must be kept from choosing them.
-        small = self._runner.decoder.config.vocab_size <= self._vocab
-        if self._probs is None and self._counts is None and small:
-            drawn = self._runner.best(hidden_RD)
-        else:
-            drawn = self._draw(_fit(self._runner.logits(hidden_RD), self._vocab), places)
-        found = drawn.cpu().numpy()
-        if places.shape[0] < self.budget.shape[0]:
-            column = np.zeros(self.budget.shape[0], dtype=np.int64)
-            column[places] = found
-            found = column
-        self.tokens.append(found)
-        self._drawn.append(places)
-
-    def _draw(self, logits_RV: Tensor, places: Ints) -> Tensor:
-        """The next nodes from their logits; their laws go to the rows of the draft."""
-        depth, laws = len(self.tokens), self._sampling.laws
-        owner = torch.from_numpy(places).to(self._device)
-        if self._counts is not None:
-            counts = Counts(self._counts.prompt[owner], self._counts.output[owner])
-            logits_RV = penalise(logits_RV, laws, owner, counts)
-        if self._probs is None:
-            drawn = argmax(logits_RV)
-        else:
-            own = self._probs[self._written : self._written + places.shape[0]]
-            self._written += places.shape[0]
-            probabilities(logits_RV, laws, owner, out=own)
-            drawn = draw(own, torch.from_numpy(self._uniform[depth][places]).to(self._device))
-        if self._counts is not None:
-            self._counts.add(owner, drawn)
-        return drawn
-
-    def table(self) -> Ints:
-        """The chains, ``[B, deepest]``; each is as long as its budget."""
-        return np.stack(self.tokens, axis=1)
-
-    def draft(self, table: Ints, counts: Sequence[int]) -> Draft:
-        """The forest over all requests of the step: ``counts[b]`` nodes, 0 for those without a chain."""
-        cu, parent = chain_forest(np.array(counts))
-        real = np.arange(table.shape[1]) < self.budget[:, None]
-        rows = np.full(table.shape, -1, dtype=np.int64)
-        if self._probs is not None:
-            sampled = np.array([not r.params.greedy for r in self._sampling.requests])
-            base = 0
-            for depth, places in enumerate(self._drawn):
-                rows[places, depth] = np.where(sampled[places], np.arange(base, base + places.shape[0]), -1)
-                base += places.shape[0]
-        flat, row = torch.from_numpy(table[real]), torch.from_numpy(rows[real])
-        return Draft(flat.to(self._device), parent, cu, row.to(self._device), self._probs, chain=True)
-
-
-def _fit(logits_RV: Tensor, vocab: int) -> Tensor:
-    """Models pad their vocabulary differently: cut, or fill with impossible tokens."""
-    missing = vocab - logits_RV.shape[-1]
-    if missing <= 0:
-        return logits_RV[:, :vocab]
-    return torch.nn.functional.pad(logits_RV, (0, missing), value=-torch.inf)

@@ -72,8 +72,15 @@ def equipped(decoder: Decoder, config: EngineConfig, folder: Path, tokenizer: An
     return LoadedModel(folder, decoder, tokenizer, attention, operations, decoder.device)
 
 
-def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConfig | None = None) -> Engine:
-    """An engine for ``target``, with caches of its own."""
+def build_engine(
+    target: LoadedModel, config: EngineConfig, drafter: DrafterConfig | None = None, cache: PagedCache | None = None
+) -> Engine:
+    """An engine for ``target``, with caches of its own.
+
+    Args:
+        cache: the target's cache to run on instead of a new one. Engines may share one if no two of them ever have
+            requests at the same time; what one has computed, the others then find.
+    """
     shape = target.decoder.config
     dtype = getattr(torch, config.dtype)
     if target.decoder.dtype != dtype:
@@ -82,16 +89,15 @@ def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConf
     max_context = min(config.max_context or shape.max_context, shape.max_context)
     built = None if drafter is None else drafter.build(_surroundings(target, config, dtype))
     per_token = shape.kv_elements_per_token * dtype.itemsize
+    own_bytes = built.needs.own_cache_bytes_per_token if built is not None else 0
     sizes = plan_cache(
         available=available_memory(target.device),
-        bytes_per_token=per_token + (built.needs.own_cache_bytes_per_token if built is not None else 0),
+        bytes_per_token=(per_token if cache is None else 0) + own_bytes,
         block_size=config.block_size,
         max_context=max_context,
-        wanted_tokens=config.kv_tokens,
+        wanted_tokens=config.kv_tokens if cache is None else cache.pool.count * cache.block_size,
     )
-    if built is not None:
-        built.prepare(sizes.blocks)
-    cache = PagedCache(
+    cache = cache or PagedCache(
         shape,
         blocks=sizes.blocks,
         block_size=config.block_size,
@@ -101,6 +107,8 @@ def build_engine(target: LoadedModel, config: EngineConfig, drafter: DrafterConf
         attention=target.attention,
         scratch=target.device.type == "cuda",
     )
+    if built is not None:
+        built.prepare(cache)
     batch_size = min(config.batch_size or MOST_REQUESTS, sizes.blocks)
     engine = Engine(
         EngineParts(

@@ -17,6 +17,7 @@ from steeple.cache.batch import BatchMaker
 from steeple.cache.paged import PagedCache
 from steeple.draft.base import Drafter
 from steeple.engine.judge import Judge, Judgement
+from steeple.engine.length import GoodputLengths, Lengths
 from steeple.engine.output import TextStream
 from steeple.engine.scheduler import Scheduler, Work
 from steeple.engine.stats import EngineStats
@@ -66,12 +67,16 @@ class Engine:
         self.stats = EngineStats()
         self._most_nodes = parts.drafter.needs.nodes if parts.drafter is not None else 0
         self.budget: Callable[[Request], int] = lambda _request: self._most_nodes
+        self._lengths: Lengths | None = None
+        if parts.drafter is not None and parts.drafter.needs.adaptive:
+            self._lengths = self.budget = GoodputLengths(self._most_nodes)
         self._runner = Runner(parts.decoder, parts.cache, parts.attention)
         accelerate(self._runner, graphs=parts.graphs)
         self._judge = Judge(self._runner)
         self._maker = BatchMaker(parts.cache.block_size, parts.decoder.device)
         self._none = Draft.empty(0)
         self._keep = parts.drafter.needs.hidden if parts.drafter is not None else ()
+        self._scores = parts.drafter is not None and parts.drafter.needs.scores
         self._eos = frozenset(parts.decoder.config.eos_token_ids)
         self._texts: dict[str, TextStream] = {}
         self._requests: dict[str, Request] = {}
@@ -124,6 +129,8 @@ class Engine:
         An error leaves all requests as they were before the step: pending keys are not counted, texts untouched.
         """
         started = time.perf_counter()
+        if self._lengths is not None:
+            self._lengths.begin(self.scheduler.running)
         plan = self.scheduler.next(self.budget)
         if not plan:
             if not self.idle:
@@ -135,7 +142,7 @@ class Engine:
         draft_end = time.perf_counter()
         batch = self._assemble(plan, requests, draft)
         forward_start = time.perf_counter()
-        hidden = self._runner.forward(batch, keep=self._keep)
+        hidden = self._runner.forward(batch, keep=self._keep, scores=self._scores)
         forward_end = time.perf_counter()
         places = [b for b, work in enumerate(plan) if work.ready or work.samples]
         sampling = requests if len(places) == len(plan) else [requests[b] for b in places]
@@ -154,8 +161,24 @@ class Engine:
             else:
                 request.check()
         decode = all(work.ready for work in plan)
-        self.stats.time(decode, time.perf_counter() - started, draft_end - draft_start, forward_end - forward_start)
+        seconds = time.perf_counter() - started
+        self.stats.time(decode, seconds, draft_end - draft_start, forward_end - forward_start)
+        if self._lengths is not None:
+            self._learn(self._lengths, plan, batch, draft, kept, seconds if decode else None)
         return out
+
+    @staticmethod
+    def _learn(
+        lengths: Lengths,
+        plan: Sequence[Work],
+        batch: Batch,
+        draft: Draft,
+        kept: Sequence[Sequence[int]],
+        seconds: float | None,
+    ) -> None:
+        depths = [depth for depth, _ in _draft_shapes(batch, draft)]
+        rounds = [b for b, work in enumerate(plan) if work.ready]
+        lengths.learn([depths[b] for b in rounds], [len(kept[b]) for b in rounds], seconds)
 
     def _propose(self, plan: Sequence[Work], requests: Sequence[Request]) -> Draft:
         """The forest over the plan; requests still reading their prompt have no nodes."""

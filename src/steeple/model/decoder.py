@@ -16,10 +16,15 @@ from steeple.ops.kernels import Kernels
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """``final_TD``: after the last norm. ``kept[l]``: output of layer ``l`` (residual stream), for each layer asked."""
+    """``final_TD``: after the last norm. ``kept[l]``: output of layer ``l`` (residual stream), for each layer asked.
+
+    ``scores``, if asked: of every page of the block tables, float32 ``[L, K, E]``; see ``PagedAttention``. Page j of
+    request b is entry ``layout.cu_blocks[b] + j``, and ``E = layout.cu_blocks[B]``.
+    """
 
     final_TD: Tensor
     kept: dict[int, Tensor] = field(default_factory=dict)
+    scores: Tensor | None = None
 
 
 class Decoder(nn.Module):

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from steeple.cache.paged import PagedCache
+from steeple.cache.slice import LayerCache
 from steeple.errors import InternalError
 from steeple.model.decoder import Decoder, Hidden
 from steeple.model.run import Runner
@@ -58,7 +58,7 @@ class StepGraphs:
     def __init__(
         self,
         decoder: Decoder,
-        cache: PagedCache,
+        cache: LayerCache,
         attention: PagedAttention,
         *,
         scratch: int,
@@ -82,15 +82,16 @@ class StepGraphs:
 
     def bucket(self, batch: Batch) -> int | None:
         """Rows of the forward that serves ``batch``; None: it is none of ours."""
-        rows = batch.tokens.shape[0]
-        if not 0 < rows <= self._buckets[-1] or batch.layout.blocks.shape[0] > self._table:
+        rows, layout = batch.tokens.shape[0], batch.layout
+        own_tables = layout.layer_stride or layout.head_stride
+        if own_tables or not 0 < rows <= self._buckets[-1] or layout.blocks.shape[0] > self._table:
             return None
         return next(bucket for bucket in self._buckets if bucket >= rows)
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch, keep: Sequence[int]) -> Hidden | None:
+    def __call__(self, batch: Batch, keep: Sequence[int], scores: bool = False) -> Hidden | None:
         """Hidden states as from ``Decoder.forward``, the caller's own; None: run the decoder's own forward."""
-        bucket = self.bucket(batch)
+        bucket = None if scores else self.bucket(batch)
         if bucket is None:
             return None
         static, layers = self._load(batch, bucket), tuple(sorted(set(keep)))
@@ -171,7 +172,7 @@ def padded(layout: KVLayout, rows: int) -> KVLayout:
 
 def step_graphs(
     decoder: Decoder,
-    cache: PagedCache,
+    cache: LayerCache,
     attention: PagedAttention,
     *,
     scratch: int,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from steeple.cache.paged import PagedCache
+from steeple.cache.slice import LayerCache
 from steeple.model.decoder import Decoder, Hidden
-from steeple.model.whole import NativeForward, WholeForward
+from steeple.model.whole import NativeForward, WholeForward, page_scores
 from steeple.ops.attention import PagedAttention
 from steeple.types import Batch
 
@@ -20,7 +21,7 @@ class Runner:
     ``whole``, if there is one, runs all layers in one call; batches that it declines go layer by layer.
     """
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, attention: PagedAttention) -> None:
+    def __init__(self, decoder: Decoder, cache: LayerCache, attention: PagedAttention) -> None:
         self.decoder, self.cache, self._attention = decoder, cache, attention
         config = decoder.config
         self._windows = [config.window(layer) for layer in range(config.num_layers)]
@@ -34,13 +35,17 @@ class Runner:
         return self.whole is not None and self.whole.batch_invariant
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, *, keep: Sequence[int] = ()) -> Hidden:
-        """Hidden states of all rows; their keys and values are staged in the cache as pending."""
-        hidden = self.whole(batch, keep) if self.whole is not None else None
-        return self._by_layers(batch, keep) if hidden is None else hidden
+    def forward(self, batch: Batch, *, keep: Sequence[int] = (), scores: bool = False) -> Hidden:
+        """Hidden states of all rows; their keys and values are staged in the cache as pending.
 
-    def _by_layers(self, batch: Batch, keep: Sequence[int]) -> Hidden:
+        ``scores``: the scores of the pages of the block tables too, of all layers; see ``Hidden``.
+        """
+        hidden = self.whole(batch, keep, scores) if self.whole is not None else None
+        return self._by_layers(batch, keep, scores) if hidden is None else hidden
+
+    def _by_layers(self, batch: Batch, keep: Sequence[int], scores: bool) -> Hidden:
         config = self.decoder.config
+        scores_LKE = page_scores(self.decoder, batch) if scores else None
 
         def attend(layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
             self.cache.stage(layer, batch, k_TKH, v_TKH)
@@ -53,9 +58,11 @@ class Runner:
                 scale=config.scale,
                 window=self._windows[layer],
                 softcap=config.attention_softcap,
+                page_scores=None if scores_LKE is None else scores_LKE[layer],
             )
 
-        return self.decoder(batch.tokens, batch.positions, attend, keep=keep)
+        hidden: Hidden = self.decoder(batch.tokens, batch.positions, attend, keep=keep)
+        return hidden if scores_LKE is None else replace(hidden, scores=scores_LKE)
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:

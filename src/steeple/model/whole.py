@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from steeple.cache.paged import PagedCache
+from steeple.cache.slice import LayerCache
 from steeple.errors import InternalError
 from steeple.model.decoder import Decoder, Hidden
 from steeple.model.layers import Layer, Linear, RMSNorm
@@ -34,8 +34,8 @@ class WholeForward(Protocol):
 
     batch_invariant: bool
 
-    def __call__(self, batch: Batch, keep: Sequence[int]) -> Hidden | None:
-        """Hidden states as from ``Decoder.forward``; None: not a batch for this, run the decoder's own."""
+    def __call__(self, batch: Batch, keep: Sequence[int], scores: bool = False) -> Hidden | None:
+        """Hidden states as from ``Runner.forward``; None: not a batch for this, run the decoder's own."""
         ...
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("tokens", "positions", "slots", "cu_rows", "blocks", "cu_blocks", "prefix")),
         *((name, _POINTER) for name in ("ancestors", "text_len", "row_positions")),
-        *((name, _SIZE) for name in ("rows", "requests", "entries")),
-        *((name, _POINTER) for name in ("hidden", "keep", "parts", "room")),
+        *((name, _SIZE) for name in ("rows", "requests", "entries", "layer_stride", "head_stride")),
+        *((name, _POINTER) for name in ("hidden", "keep", "scores", "parts", "room")),
         ("threads", _SIZE),
         ("run", _POINTER),
         ("size", _POINTER),
@@ -95,7 +95,7 @@ class NativeForward:
 
     batch_invariant = True
 
-    def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
+    def __init__(self, decoder: Decoder, cache: LayerCache) -> None:
         if decoder.kernels.library is None:
             raise InternalError("a native forward without a native library")
         library = ctypes.CDLL(str(decoder.kernels.library))
@@ -118,7 +118,7 @@ class NativeForward:
         self.timing = False
 
     @staticmethod
-    def supported(decoder: Decoder, cache: PagedCache) -> bool:
+    def supported(decoder: Decoder, cache: LayerCache) -> bool:
         """Whether all weights are packed, and the cache is one that the library reads and writes."""
         packed = all(m.packed is not None for m in decoder.modules() if isinstance(m, Linear))
         readable = isinstance(cache.attention, NativeAttention) and decoder.config.head_dim % 2 == 0
@@ -128,7 +128,7 @@ class NativeForward:
     def parts(self) -> dict[str, float]:
         return dict(zip(PARTS, self._seconds, strict=True))
 
-    def __call__(self, batch: Batch, keep: Sequence[int]) -> Hidden | None:
+    def __call__(self, batch: Batch, keep: Sequence[int], scores: bool = False) -> Hidden | None:
         """See ``WholeForward``."""
         config = self._decoder.config
         final_TD = torch.empty((batch.tokens.shape[0], config.hidden_size), dtype=self._decoder.dtype)
@@ -139,10 +139,12 @@ class NativeForward:
         for layer, x_TD in kept.items():
             pointers[layer] = x_TD.data_ptr()
         step.keep = ctypes.addressof(pointers) if kept else None
+        scores_LKE = page_scores(self._decoder, batch) if scores else None
+        step.scores = None if scores_LKE is None else scores_LKE.data_ptr()
         step.parts = ctypes.addressof(self._seconds) if self.timing else None
         step.threads = torch.get_num_threads()
         self._require(self._forward(self._model_at, ctypes.addressof(step)))
-        return Hidden(final_TD, kept)
+        return Hidden(final_TD, kept, scores_LKE)
 
     def _step_of(self, batch: Batch) -> _Step:
         """What points to the batch. A batch maker fills the same batch again, so this is rarely made anew."""
@@ -154,6 +156,7 @@ class NativeForward:
             step = self._step = _Step(*(field.data_ptr() for field in fields))
             step.rows, step.requests = batch.tokens.shape[0], layout.text_len.shape[0]
             step.entries = layout.blocks.shape[0]
+            step.layer_stride, step.head_stride = layout.layer_stride, layout.head_stride
             step.run, step.size = self._team
             step.room = self._room_for(step.rows)
             self._batch = batch
@@ -198,6 +201,12 @@ class NativeForward:
             raise InternalError(f"Native forward: {OUTCOMES.get(outcome) or BAD_INPUT.get(outcome, outcome)}.")
 
 
+def page_scores(decoder: Decoder, batch: Batch) -> Tensor:
+    """Where the scores of a forward go, ``[L, K, E]`` as in ``Hidden``: -inf so far."""
+    shape = (decoder.config.num_layers, decoder.config.num_kv_heads, int(batch.layout.cu_blocks[-1]))
+    return torch.full(shape, float("-inf"), device=decoder.device)
+
+
 def _norm(norm: RMSNorm | None) -> int | None:
     return None if norm is None else norm.weight.data_ptr()
 
@@ -208,7 +217,7 @@ def _matrix(linear: Linear) -> Matrix:
     return linear.packed.matrix(linear.bias)
 
 
-def _layer(decoder: Decoder, cache: PagedCache, index: int) -> _Layer:
+def _layer(decoder: Decoder, cache: LayerCache, index: int) -> _Layer:
     layer = decoder.layers[index]
     assert isinstance(layer, Layer)
     attention, mlp = layer.attention, layer.mlp
@@ -227,7 +236,7 @@ def _layer(decoder: Decoder, cache: PagedCache, index: int) -> _Layer:
     )
 
 
-def _model(decoder: Decoder, cache: PagedCache, layers: ctypes.Array[_Layer]) -> _Model:
+def _model(decoder: Decoder, cache: LayerCache, layers: ctypes.Array[_Layer]) -> _Model:
     config = decoder.config
     return _Model(
         ctypes.addressof(layers),

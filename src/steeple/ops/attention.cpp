@@ -12,15 +12,17 @@ bool has_slots(const int64_t* slots, int64_t count, int64_t all) {
 
 extern "C" {
 
-int steeple_attention(const void* q, const void* keys, const void* values, void* out, const int32_t* cu_rows,
+int steeple_attention(const void* q, const void* keys, const void* values, void* out, float* scores,
+                      const int32_t* cu_rows,
                       const int32_t* blocks, const int32_t* cu_blocks, const int32_t* prefix, const int64_t* ancestors,
                       const int32_t* text_len, const int32_t* positions, int64_t requests, int64_t entries,
-                      int64_t rows, int64_t q_stride, int64_t num_blocks, int64_t block_size, int64_t heads,
+                      int64_t head_stride, int64_t rows, int64_t q_stride, int64_t num_blocks, int64_t block_size, int64_t heads,
                       int64_t kv_heads, int64_t head_dim, int64_t window, float scale, float softcap, int q_bf16,
                       int kv_bf16, int64_t threads, team::Run run, team::Size size) {
-    const attention::Call c{(const char*)q, (const char*)keys, (const char*)values, (char*)out, cu_rows, blocks,
+    const attention::Call c{(const char*)q, (const char*)keys, (const char*)values, (char*)out, scores, cu_rows, blocks,
                             cu_blocks, prefix, text_len, positions, ancestors, q_stride, requests, num_blocks,
-                            block_size, heads, kv_heads, head_dim, window, scale, softcap, q_bf16 != 0, kv_bf16 != 0};
+                            block_size, heads, kv_heads, head_dim, window, head_stride, scale, softcap, q_bf16 != 0,
+                            kv_bf16 != 0};
     if (!attention::valid(c, rows, entries)) return attention::BAD_OFFSETS;
     try {
         attention::Job job(c);

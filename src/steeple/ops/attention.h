@@ -1,7 +1,7 @@
 // The attention as a job for a team of threads: how its work is cut up and shared.
 //
 //     Job job(call); plan(job, threads); every thread: run(job);
-//     next layer, same layout: restart(job, q, keys, values, out); every thread: run(job); ...
+//     next layer, same layout: restart(job, q, keys, values, out, blocks, scores); every thread: run(job); ...
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,6 @@
 
 namespace attention {
 
-constexpr int64_t TILE = 64;           // queries (rows x heads that share a key) of a tile
 constexpr int64_t STATES = 128;        // queries x heads of a piece: their sums stay in the cache of a core
 constexpr int64_t PIECES = 4;          // pieces wanted per thread, to balance the load
 constexpr double WORTH_A_THREAD = 4e3;  // nanoseconds of work below which another thread does not pay
@@ -51,9 +50,11 @@ inline bool rises(const int32_t* offsets, int64_t count, int64_t last) {  // off
     return offsets[0] == 0 && offsets[count] == last;
 }
 
-// Whether the offsets fit `rows` rows and `entries` entries of the block table.
+// Whether the offsets fit `rows` rows and `entries` entries of all block tables.
 inline bool valid(const Call& c, int64_t rows, int64_t entries) {
-    return rises(c.cu_rows, c.requests, rows) && rises(c.cu_blocks, c.requests, entries);
+    const int64_t table = c.cu_blocks[c.requests];
+    return rises(c.cu_rows, c.requests, rows) && rises(c.cu_blocks, c.requests, table) && c.head_stride >= 0 &&
+           (c.kv_heads - 1) * c.head_stride + table <= entries;
 }
 
 inline double cost(const Call& c, const Tile& t) {  // rough nanoseconds of one head: memory, or arithmetic
@@ -66,9 +67,13 @@ inline double cost(const Call& c, const Tile& t) {  // rough nanoseconds of one 
 inline void add_tiles(Job& job, int64_t request) {
     const Call& c = job.c;
     const int64_t first = c.cu_rows[request], rows = c.cu_rows[request + 1] - first;
-    const int64_t most = std::max<int64_t>(1, TILE / c.group()), count = (rows + most - 1) / most;
+    const int64_t most = c.most_rows(), count = (rows + most - 1) / most;
+    // Page scores are those of the last tile: then it is full, and else they are alike.
+    auto cut = [&](int64_t i) {
+        return first + (c.scores ? std::max<int64_t>(0, rows - (count - i) * most) : rows * i / count);
+    };
     for (int64_t i = 0; i < count; i++) {
-        const int64_t begin = first + rows * i / count, end = first + rows * (i + 1) / count;
+        const int64_t begin = cut(i), end = cut(i + 1);
         job.tiles.push_back(tile_of(c, request, begin, end - begin));
         job.most.rows = std::max(job.most.rows, end - begin);
     }
@@ -85,6 +90,7 @@ inline Cut cut_of(const Call& c, const Tile& t, double pieces) {
     const int64_t wanted = std::max<int64_t>(1, (int64_t)(pieces + 0.5)), queries = t.rows * c.group();
     Cut cut;
     cut.splits = std::max<int64_t>(1, std::min(t.splits(), wanted));
+    if (c.scores && SPLIT % c.block_size) cut.splits = 1;  // a page across two splits is not for two threads to score
     const int64_t parts = (wanted + cut.splits - 1) / cut.splits;
     cut.heads = std::min(c.kv_heads, std::max(parts, (queries * c.kv_heads + STATES - 1) / STATES));
     return cut;
@@ -110,11 +116,14 @@ inline void add_pieces(Job& job, int64_t tile, Cut cut, int64_t& slot, float*& f
 }
 
 // The next layer, with the same layout. Resets what the last one used up; nobody may be in run().
-inline void restart(Job& job, const char* q, const char* keys, const char* values, char* out) {
+inline void restart(Job& job, const char* q, const char* keys, const char* values, char* out, const int32_t* blocks,
+                    float* scores) {
     job.c.q = q;
     job.c.keys = keys;
     job.c.values = values;
     job.c.out = out;
+    job.c.blocks = blocks;
+    job.c.scores = scores;
     job.next = job.entered = 0;
     for (int64_t i = 0; i < job.num_groups; i++) job.groups[i].missing = job.groups[i].pieces;
 }
@@ -142,7 +151,7 @@ inline int64_t plan(Job& job, int64_t threads) {
     float* free = job.partial.get();
     int64_t slot = 0;
     for (size_t i = 0; i < job.tiles.size(); i++) add_pieces(job, (int64_t)i, cuts[i], slot, free);
-    restart(job, c.q, c.keys, c.values, c.out);
+    restart(job, c.q, c.keys, c.values, c.out, c.blocks, c.scores);
     return worth;
 }
 
@@ -155,14 +164,14 @@ inline void look_ahead(const Job& job, Work& w, const Piece& piece, const Piece*
     const Call& c = job.c;
     w.next_head = piece.first_head;
     if (start < std::min(w.tile.last, piece.end * SPLIT)) {
-        if (!locate(c, w.tile.request, start, w.tile.last, w.next)) w.next.count = 0;
+        if (!locate(c, w.tile.request, w.next_head, start, w.tile.last, w.next)) w.next.count = 0;
         return;
     }
     w.next.count = 0;
     if (!after) return;
     const Tile& t = job.tiles[after->tile];
     w.next_head = after->first_head;
-    if (!locate(c, t.request, t.begin(after->begin), t.last, w.next)) w.next.count = 0;
+    if (!locate(c, t.request, w.next_head, t.begin(after->begin), t.last, w.next)) w.next.count = 0;
 }
 
 template <int KIND> bool run_chunk(const Job& job, Work& w, const Piece& piece, const Piece* after, int64_t start) {
@@ -173,13 +182,15 @@ template <int KIND> bool run_chunk(const Job& job, Work& w, const Piece& piece, 
         w.any |= w.masks[r], w.all &= w.masks[r];
     }
     if (!w.any) return true;
-    if (!locate(c, w.tile.request, start, w.tile.last, w.here)) return false;
+    if (!locate(c, w.tile.request, w.first_head, start, w.tile.last, w.here)) return false;
     look_ahead(job, w, piece, after, start + CHUNK);
     const int64_t end = w.first_head + w.heads;
     for (int64_t head = w.first_head; head < end; head++) {
-        const bool last = head + 1 == end;
-        if (!attend<KIND>(w, start, head, view_in_cache(c, last ? w.next : w.here, last ? w.next_head : head + 1)))
-            return false;
+        const bool last = head + 1 == end, own = c.head_stride && !last;  // own: the next head has a table of its own
+        if (own && !locate(c, w.tile.request, head + 1, start, w.tile.last, w.there)) return false;
+        const Chunk& next = last ? w.next : own ? w.there : w.here;
+        if (!attend<KIND>(w, start, head, view_in_cache(c, next, last ? w.next_head : head + 1))) return false;
+        if (own) w.here = w.there;
     }
     return true;
 }

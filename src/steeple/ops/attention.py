@@ -21,6 +21,7 @@ from steeple.types import MAX_NODES, KVLayout
 
 DTYPES = (torch.float32, torch.bfloat16)
 TILE = 256  # query rows for which the reference holds all scores at once
+SCORED_QUERIES = 64  # rows x heads that share a key head: a tile of the native kernel
 
 
 class PagedAttention(Protocol):
@@ -33,6 +34,11 @@ class PagedAttention(Protocol):
         scale: what queries times keys are multiplied with.
         window: a row at rotary position ``r`` sees the key at ``p`` only if ``r - p < window``; 0 = no window.
         softcap: scores become ``softcap * tanh(scores / softcap)``; 0 = none.
+        page_scores: where to write the score of every page (block) of the block tables, float32 ``[K, E]`` with
+            ``E = cu_blocks[B]``, page j of request b at ``cu_blocks[b] + j``: the largest scaled and capped score that
+            one of the request's last ``min(rows, max(1, 64 // (N / K)))`` rows gives to a position of the page that it
+            sees, over all query heads of the key head; -inf where none of them sees anything. A draft node counts at
+            the position that it would have as text. None costs nothing.
 
     Returns ``[T, N, H]`` in the dtype of ``q_TNH``, accumulated in float32; a row that sees nothing gives zeros.
     Raises ``InternalError`` for a shape, stride or dtype that is none of these.
@@ -48,6 +54,7 @@ class PagedAttention(Protocol):
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        page_scores: Tensor | None = None,
     ) -> Tensor: ...
 
     def allocate(
@@ -95,8 +102,11 @@ class ReferenceAttention:
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        page_scores: Tensor | None = None,
     ) -> Tensor:
-        return paged_attention(q_TNH, keys, values, layout, scale=scale, window=window, softcap=softcap)
+        return paged_attention(
+            q_TNH, keys, values, layout, scale=scale, window=window, softcap=softcap, page_scores=page_scores
+        )
 
     def allocate(
         self,
@@ -140,6 +150,7 @@ def paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    page_scores: Tensor | None = None,
 ) -> Tensor:
     """The reference, see ``PagedAttention``: request after request, all scores of a tile of rows at once."""
     check_cache(keys, values)
@@ -147,18 +158,35 @@ def paged_attention(
     check_layout(layout)
     out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     cu_rows, cu_blocks = layout.cu_rows.tolist(), layout.cu_blocks.tolist()
+    tables_KE = _tables(layout, keys.shape[1], cu_blocks[-1]).to(keys.device, torch.long)
+    scored = scored_rows(q_TNH.shape[1] // keys.shape[1])
+    if page_scores is not None:
+        check_page_scores(page_scores, keys.shape[1], cu_blocks[-1])
+        page_scores.fill_(float("-inf"))
     for b, text_len in enumerate(layout.text_len.tolist()):
-        blocks = layout.blocks[cu_blocks[b] : cu_blocks[b + 1]].to(keys.device, torch.long)
+        table_KE = tables_KE[:, cu_blocks[b] : cu_blocks[b + 1]]
         for first in range(cu_rows[b], cu_rows[b + 1], TILE):
             rows = slice(first, min(first + TILE, cu_rows[b + 1]))
             seen = _seen(layout, rows, text_len, window).to(keys.device)
             if not seen.any():
                 continue  # zeros already
-            used = blocks[: -(-seen.shape[1] // layout.block_size)]
-            k_KSH = _gather(keys, used, seen.shape[1])
-            v_KSH = _gather(values, used, seen.shape[1])
+            k_KSH = _gather(keys, table_KE, seen.shape[1])
+            v_KSH = _gather(values, table_KE, seen.shape[1])
             out_TNH[rows] = _attend(q_TNH[rows], k_KSH, v_KSH, seen, scale, softcap).to(q_TNH.dtype)
+        rows = slice(max(cu_rows[b], cu_rows[b + 1] - scored), cu_rows[b + 1])
+        if page_scores is not None and (layout.prefix[rows] | layout.ancestors[rows]).any():
+            seen = _seen(layout, rows, text_len, window).to(keys.device)
+            scores = _scores(q_TNH[rows], _gather(keys, table_KE, seen.shape[1]), seen, scale, softcap)
+            page = _place(layout, rows, text_len, seen.shape[1]).to(keys.device) // layout.block_size
+            _keep_most(page_scores[:, cu_blocks[b] : cu_blocks[b + 1]], scores, page)
     return out_TNH
+
+
+def _tables(layout: KVLayout, kv_heads: int, entries: int) -> Tensor:
+    """The block tables of every head, one after the other for all requests: ``[K, entries]``."""
+    inside = (kv_heads - 1) * layout.head_stride + entries <= layout.blocks.shape[0]
+    require(inside, f"{kv_heads} block tables of {entries} entries do not fit in {tuple(layout.blocks.shape)}")
+    return layout.blocks.as_strided((kv_heads, entries), (layout.head_stride, 1))
 
 
 def _seen(layout: KVLayout, rows: slice, text_len: int, window: int) -> Tensor:
@@ -179,9 +207,27 @@ def _seen(layout: KVLayout, rows: slice, text_len: int, window: int) -> Tensor:
     return seen
 
 
-def _gather(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
+def _place(layout: KVLayout, rows: slice, text_len: int, length: int) -> Tensor:
+    """Int64 ``[rows, length]``: the position that each stored position has for a row; a node's is that of its depth."""
+    place = torch.arange(length).expand(layout.prefix[rows].shape[0], -1).clone()
+    bits = (layout.ancestors[rows].unsqueeze(1) >> torch.arange(MAX_NODES)) & 1
+    nodes = place[:, text_len : text_len + MAX_NODES]
+    stored = slice(nodes.shape[1])
+    nodes[:] = torch.where(bits[:, stored] == 1, text_len + bits.cumsum(1)[:, stored] - 1, nodes)
+    return place
+
+
+def _keep_most(pages_KE: Tensor, scores: Tensor, page_TS: Tensor) -> None:
+    """Bring the scores ``[K, N / K, T, S]`` of positions that lie in ``page_TS`` into those of the pages."""
+    most_KX = scores.amax(1).flatten(1)
+    pages_KE.scatter_reduce_(1, page_TS.reshape(1, -1).expand_as(most_KX), most_KX, "amax")
+
+
+def _gather(cache: Tensor, table_KE: Tensor, length: int) -> Tensor:
     """The first ``length`` positions of one request, float32 ``[K, length, H]``."""
-    return cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].float()
+    K, S = cache.shape[1:3]
+    used = table_KE[:, : -(-length // S)]
+    return cache[used, torch.arange(K, device=cache.device).unsqueeze(1)].flatten(1, 2)[:, :length].float()
 
 
 def _attend(q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, seen_TS: Tensor, scale: float, softcap: float) -> Tensor:
@@ -190,14 +236,20 @@ def _attend(q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, seen_TS: Tensor, scale:
     if not v_KSH.isfinite().all() and not seen_TS.all():  # nan times a weight of zero is nan: only what a row sees
         each = [(q_TNH[t : t + 1], k_KSH[:, s], v_KSH[:, s], s[s].unsqueeze(0)) for t, s in enumerate(seen_TS)]
         return torch.cat([_attend(*row, scale, softcap) for row in each])
+    scores = _scores(q_TNH, k_KSH, seen_TS, scale, softcap)
+    weights = scores.softmax(-1).nan_to_num_(0.0)  # nan: a row that sees nothing
+    out = (weights.view(K, -1, weights.shape[-1]) @ v_KSH).view(K, N // K, T, H)
+    return out.permute(2, 0, 1, 3).reshape(T, N, H)
+
+
+def _scores(q_TNH: Tensor, k_KSH: Tensor, seen_TS: Tensor, scale: float, softcap: float) -> Tensor:
+    """``[K, N / K, T, S]``, scaled and capped; -inf for what a row does not see."""
+    (T, N, H), K = q_TNH.shape, k_KSH.shape[0]
     q = q_TNH.float().view(T, K, N // K, H).permute(1, 2, 0, 3).reshape(K, -1, H)
     scores = (q @ k_KSH.transpose(1, 2)).view(K, N // K, T, -1) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores.masked_fill_(~seen_TS, float("-inf"))
-    weights = scores.softmax(-1).nan_to_num_(0.0)  # nan: a row that sees nothing
-    out = (weights.view(K, -1, weights.shape[-1]) @ v_KSH).view(K, N // K, T, H)
-    return out.permute(2, 0, 1, 3).reshape(T, N, H)
+    return scores.masked_fill_(~seen_TS, float("-inf"))
 
 
 def _slot_rows(cache: Tensor, slots: Tensor) -> Tensor:
@@ -226,13 +278,28 @@ def check_attention(q_TNH: Tensor, dtype: torch.dtype, sizes: tuple[int, int, in
 
 
 def check_layout(layout: KVLayout) -> None:
-    """Raise ``InternalError`` unless the fields of ``layout`` have the dtypes and sizes of the contract."""
+    """Raise ``InternalError`` unless the fields of ``layout`` have the dtypes and sizes of the contract for a layer."""
     B, T = layout.text_len.shape[0], layout.prefix.shape[0]
     ints = (layout.cu_rows, layout.blocks, layout.cu_blocks, layout.prefix, layout.text_len, layout.positions)
     require(all(x.dtype == torch.int32 and x.is_contiguous() for x in ints), "the layout is not contiguous int32")
     require(layout.ancestors.dtype == torch.int64, f"ancestors are {layout.ancestors.dtype}; int64 is needed")
     sizes = (layout.cu_rows.shape[0], layout.cu_blocks.shape[0], layout.ancestors.shape[0], layout.positions.shape[0])
     require(sizes == (B + 1, B + 1, T, T), f"the layout has sizes {sizes} for {B} requests and {T} rows")
+    require(layout.layer_stride == 0, "the layout is that of all layers; give layout.of_layer(layer)")
+    require(layout.head_stride >= 0, f"head_stride is {layout.head_stride}")
+
+
+def scored_rows(group: int) -> int:
+    """How many of a request's last rows give page scores, at most; ``group``: query heads of a key head."""
+    return max(1, SCORED_QUERIES // group)
+
+
+def check_page_scores(page_scores: Tensor, kv_heads: int, entries: int) -> None:
+    """Raise ``InternalError`` unless ``page_scores`` has room for every page of the block tables."""
+    fits = page_scores.shape == (kv_heads, entries) and page_scores.dtype == torch.float32
+    if not (fits and page_scores.is_contiguous()):
+        wanted = f"contiguous float32 {(kv_heads, entries)} is needed"
+        require(False, f"page_scores are {page_scores.dtype} {tuple(page_scores.shape)}; {wanted}")
 
 
 def check_write(kv_heads: int, head_dim: int, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:

@@ -12,6 +12,7 @@ using namespace simd;
 
 constexpr int CHUNK = 64;          // positions per pass, one bit each in a row's mask
 constexpr int GROUPS = CHUNK / W;  // vectors of keys in a chunk
+constexpr int64_t TILE = 64;       // queries (rows x heads that share a key) of a tile
 constexpr int SPLIT = 512;         // positions whose sums are kept apart, so that threads can share a request
 
 // One layer of the cache. A key is written once and read a thousand times, so keys and values lie as the kernel wants
@@ -52,18 +53,22 @@ inline void take(const Store& s, int64_t slot, int64_t head, char* k, char* v) {
     each_run(s, slot, head, k, v, [](char* at, char* row, int64_t n) { std::memcpy(row, at, n); });
 }
 
+// The table of request b for head h begins at blocks[h * head_stride + cu_blocks[b]].
 struct Call {
     const char *q, *keys, *values;
     char* out;
+    float* scores;  // [kv_heads, entries of a table]: takes the largest score of each page; or null
     const int32_t *cu_rows, *blocks, *cu_blocks, *prefix, *text_len, *positions;
     const int64_t* ancestors;
     int64_t q_stride, requests, num_blocks, block_size, heads, kv_heads, head_dim, window;  // q_stride: elements
+    int64_t head_stride;
     float scale, softcap;
     bool q_bf16, kv_bf16;
 
     Store store() const { return {(char*)keys, (char*)values, kv_heads, block_size, head_dim, kv_bf16}; }
     int kind() const { return !kv_bf16 ? F32 : HAS_DOT && q_bf16 ? BF16_DOT : BF16; }
     int64_t group() const { return heads / kv_heads; }
+    int64_t most_rows() const { return std::max<int64_t>(1, TILE / group()); }    // of a tile
     int64_t words() const { return kv_bf16 ? head_dim / 2 : head_dim; }           // of a key
     int64_t width() const { return (head_dim + W - 1) / W * W; }                  // floats of one accumulator
     int64_t head_bytes() const { return block_size * head_dim * (kv_bf16 ? 2 : 4); }
@@ -134,20 +139,20 @@ struct Chunk {
     int count;  // positions
 };
 
-// The block of a request's position; -1 if its table does not hold it.
-inline int64_t block_of(const Call& c, int64_t request, int64_t position) {
+// The block of a request's position for a head; -1 if its table does not hold it.
+inline int64_t block_of(const Call& c, int64_t request, int64_t head, int64_t position) {
     const int64_t index = c.cu_blocks[request] + position / c.block_size;
     if (index >= c.cu_blocks[request + 1]) return -1;
-    const int32_t block = c.blocks[index];
+    const int32_t block = c.blocks[head * c.head_stride + index];
     return block < c.num_blocks ? block : -1;
 }
 
-// Positions start.. up to `end`; false if the block table does not hold them.
-inline bool locate(const Call& c, int64_t request, int64_t start, int64_t end, Chunk& chunk) {
+// Positions start.. up to `end` in the table of a head; false if it does not hold them.
+inline bool locate(const Call& c, int64_t request, int64_t head, int64_t start, int64_t end, Chunk& chunk) {
     chunk.count = (int)std::max<int64_t>(0, std::min<int64_t>(CHUNK, end - start));
     const int64_t step = c.whole_groups() ? W : 1;
     for (int64_t i = 0; i < chunk.count; i += step) {
-        const int64_t block = block_of(c, request, start + i), offset = (start + i) % c.block_size;
+        const int64_t block = block_of(c, request, head, start + i), offset = (start + i) % c.block_size;
         if (block < 0) return false;
         if (step < W) continue;
         const int64_t base = block * c.kv_heads * c.head_bytes();

@@ -116,9 +116,11 @@ HOT inline vf finished(const Call& c, vf s) {
     return (1.0f - 2.0f / (exp2(x < 40.0f ? x : splat(40.0f)) + 1.0f)) * (c.softcap * LOG2E);
 }
 
-// Scores of one query -> weights relative to the running maximum; rescales the sums to it.
-template <int KIND>
-HOT inline void softmax(const Call& c, float* scores, uint64_t mask, float* most, float* lanes, float* acc) {
+// Scores of one query -> weights relative to the running maximum; rescales the sums to it. PEAKS: peaks[CHUNK] take in
+// the scores of what is seen.
+template <int KIND, bool PEAKS>
+HOT inline void softmax(const Call& c, float* scores, uint64_t mask, float* most, float* lanes, float* acc,
+                        float* peaks) {
     if (!mask) {
         std::memset(scores, 0, CHUNK * sizeof(float));
         return;
@@ -133,6 +135,8 @@ HOT inline void softmax(const Call& c, float* scores, uint64_t mask, float* most
     }
 #pragma GCC unroll 16
     for (int g = 0; g < GROUPS; g++) largest_of = larger(largest_of, s[g]);
+    if constexpr (PEAKS) for (int g = 0; g < GROUPS; g++)
+        store(peaks + g * W, larger(load<vf>(peaks + g * W), s[g]));
     const float here = largest(largest_of);
     vf sum = load<vf>(lanes);
     if (here > *most) {

@@ -19,7 +19,7 @@ struct Work {  // one thread's room
         : c(call), rows(most.rows), masks(most.rows), packed(most.states * c.head_dim),
           scores(most.queries * CHUNK), stored(2 * most.queries * CHUNK), lanes(most.states * W),
           sums(2 * most.states * (c.width() + 2)), keys(2 * CHUNK * c.words()), values(2 * CHUNK * c.head_dim),
-          own_values(CHUNK * c.head_dim), row(2 * c.head_dim) {}
+          own_values(CHUNK * c.head_dim), row(2 * c.head_dim), peaks(CHUNK) {}
 
     const Call& c;
     Tile tile;
@@ -34,8 +34,10 @@ struct Work {  // one thread's room
     std::vector<float> keys, values;   // two chunks that had to be gathered
     std::vector<float> own_values;     // of a chunk, as one row sees it
     std::vector<float> row;            // one key and value
+    std::vector<float> peaks;          // largest score of each position of the chunk, of all rows of a scored tile
+    bool scored;                       // the tile gives the scores of its request's pages
     Sums part;                         // of the split
-    Chunk here, next;
+    Chunk here, there, next;           // for the head at work, for the one after it, and after the last
     int64_t next_head;
 };
 
@@ -71,6 +73,7 @@ inline void open_tile(Work& w, const Tile& tile, int64_t first_head, int64_t hea
     w.first_head = first_head;
     w.heads = heads;
     w.queries = tile.rows * w.c.group();
+    w.scored = w.c.scores && tile.row + tile.rows == w.c.cu_rows[tile.request + 1];
     for (int64_t r = 0; r < tile.rows; r++) w.rows[r] = row_of(w.c, tile.row + r);
     pack_queries(w);
 }
@@ -96,7 +99,7 @@ inline View gathered(Work& w, int index, int64_t start, int count, int64_t head)
     float* values = &w.values[index * CHUNK * H];
     char *k = (char*)w.row.data(), *v = k + H * 4;
     for (int i = 0; i < count; i++) {
-        const int64_t at = start + i, block = block_of(c, w.tile.request, at);
+        const int64_t at = start + i, block = block_of(c, w.tile.request, head, at);
         take(store, block * c.block_size + at % c.block_size, head, k, v);
         for (int64_t word = 0; word < words; word++)
             std::memcpy(&keys[(i / W * words + word) * W + i % W], k + word * 4, 4);
@@ -216,7 +219,7 @@ inline bool hold(Work& w, int64_t start, int64_t head, Held& held) {
     for (int i = 0; i < held.count; i++) {
         Chunk chunk;
         const int64_t at = held.base + i * CHUNK;
-        if (!locate(w.c, w.tile.request, at, w.tile.stored, chunk)) return false;
+        if (!locate(w.c, w.tile.request, head, at, w.tile.stored, chunk)) return false;
         held.views[i] = view_of(w, i, chunk, at, head);
     }
     return true;
@@ -250,6 +253,29 @@ template <int KIND> void mix_chunk(Work& w, const Held& held, int64_t start, flo
     }
 }
 
+// The scores of one head of the chunk -> weights.
+template <int KIND, bool PEAKS> void weigh(Work& w, int64_t state, Ahead& ahead) {
+    const Call& c = w.c;
+    for (int64_t m = 0; m < w.queries; m++) {
+        ahead.step();
+        softmax<KIND, PEAKS>(c, &w.scores[m * CHUNK], w.masks[m / c.group()], w.part.most + state + m,
+                             &w.lanes[(state + m) * W], w.part.acc + (state + m) * c.width(), w.peaks.data());
+    }
+}
+
+// The peaks of the chunk's positions -> the scores of its pages, which no other piece writes (see cut_of).
+inline void keep_peaks(const Work& w, int64_t start, int64_t head) {
+    const Call& c = w.c;
+    float* pages = c.scores + head * c.cu_blocks[c.requests] + c.cu_blocks[w.tile.request];
+    const int64_t step = c.whole_groups() ? W : 1;
+    for (int64_t i = 0; i < CHUNK; i += step) {
+        const float peak = step == W ? largest(load<vf>(&w.peaks[i])) : w.peaks[i];
+        if (!(peak > NOTHING)) continue;  // nobody sees it: it may lie behind the table
+        float& page = pages[(start + i) / c.block_size];
+        page = std::max(page, peak / LOG2E);
+    }
+}
+
 // One head of the chunk at w.here, whose masks are set.
 template <int KIND> bool attend(Work& w, int64_t start, int64_t head, const View& next) {
     const Call& c = w.c;
@@ -263,11 +289,11 @@ template <int KIND> bool attend(Work& w, int64_t start, int64_t head, const View
         score_all<KIND>(&w.packed[state * words * q_words(KIND)], w.queries, held.views[i], words,
                         tree ? &w.stored[i * w.queries * CHUNK] : w.scores.data(), ahead);
     if (tree) sort_scores(w, held, start);
-    for (int64_t m = 0; m < w.queries; m++) {
-        ahead.step();
-        softmax<KIND>(c, &w.scores[m * CHUNK], w.masks[m / c.group()], w.part.most + state + m,
-                      &w.lanes[(state + m) * W], w.part.acc + (state + m) * c.width());
-    }
+    if (w.scored) {
+        std::fill(w.peaks.begin(), w.peaks.end(), MASKED);
+        weigh<KIND, true>(w, state, ahead);
+        keep_peaks(w, start, head);
+    } else weigh<KIND, false>(w, state, ahead);
     mix_chunk<KIND>(w, held, start, w.part.acc + state * c.width(), ahead);
     return true;
 }

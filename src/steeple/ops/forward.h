@@ -49,9 +49,10 @@ struct Step {  // one forward: see steeple.types.Batch
     const int32_t *cu_rows, *blocks, *cu_blocks, *prefix;
     const int64_t* ancestors;
     const int32_t *text_len, *row_positions;
-    int64_t rows, requests, entries;
+    int64_t rows, requests, entries, layer_stride, head_stride;  // entries: of the block tables of all layers and heads
     char* hidden;         // [T, D]: after the last norm
     char* const* keep;    // per layer: [T, D] for its output, or null
+    float* scores;        // [L, K, entries of a table]: of the pages, or null
     double* parts;        // seconds of each part are added here, or null
     char* room;           // room_of(model, rows) bytes, for what lies between two phases
     int64_t threads;
@@ -198,7 +199,9 @@ struct Thread {
 
     void rotate_and_store(int64_t l) {
         const Layer& layer = m.layers[l];
-        if (number == 0) attention::restart(*f.jobs[f.job_of[l]], f.qkv, layer.keys, layer.values, f.seen);
+        if (number == 0)
+            attention::restart(*f.jobs[f.job_of[l]], f.qkv, layer.keys, layer.values, f.seen, s.blocks + l * s.layer_stride,
+                               s.scores ? s.scores + l * m.kv_heads * s.cu_blocks[s.requests] : nullptr);
         const attention::Store to = store(layer);
         const int64_t N = m.heads, K = m.kv_heads, H = m.head_dim * m.element(), row_bytes = m.qkv_heads() * H;
         const int64_t first = by_heads() ? 0 : begin(), last = by_heads() ? s.rows : end();
@@ -289,12 +292,13 @@ inline int run(const Model& m, const Step& s) {
         f.job_of.push_back((int)(known - windows.begin()));
         if (known != windows.end()) continue;
         windows.push_back(layer.window);
-        const attention::Call call{f.qkv, layer.keys, layer.values, f.seen, s.cu_rows, s.blocks,
+        const attention::Call call{f.qkv, layer.keys, layer.values, f.seen, s.scores, s.cu_rows, s.blocks,
                                    s.cu_blocks, s.prefix, s.text_len, s.row_positions, s.ancestors,
                                    m.qkv_heads() * m.head_dim, s.requests, m.num_blocks, m.block_size, m.heads,
-                                   m.kv_heads, m.head_dim, layer.window, (float)m.scale, (float)m.softcap,
-                                   m.bf16 != 0, m.bf16 != 0};
-        if (!attention::valid(call, s.rows, s.entries)) return attention::BAD_OFFSETS;
+                                   m.kv_heads, m.head_dim, layer.window, s.head_stride, (float)m.scale,
+                                   (float)m.softcap, m.bf16 != 0, m.bf16 != 0};
+        const int64_t entries = s.entries - (m.num_layers - 1) * s.layer_stride;  // from the last layer's tables on
+        if (s.layer_stride < 0 || !attention::valid(call, s.rows, entries)) return attention::BAD_OFFSETS;
         f.jobs.emplace_back(new attention::Job(call));
         attention::plan(*f.jobs.back(), threads);
     }

@@ -20,6 +20,7 @@ from steeple.ops.attention import (
     ReferenceAttention,
     check_attention,
     check_layout,
+    check_page_scores,
     check_slots,
     check_write,
     paged_attention,
@@ -32,7 +33,7 @@ from steeple.types import KVLayout
 OUTCOMES = {
     1: "a slot or a block of the layout lies outside the cache",
     2: "there is no memory for the sums",
-    3: "cu_rows or cu_blocks is wrong",
+    3: "cu_rows, cu_blocks or a stride of the block tables is wrong",
 }
 
 
@@ -51,7 +52,7 @@ class NativeAttention:
         pointer, size, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self._attend = library.steeple_attention
         self._attend.argtypes = (
-            [pointer] * 11 + [size] * 10 + [real] * 2 + [ctypes.c_int] * 2 + [size, pointer, pointer]
+            [pointer] * 12 + [size] * 11 + [real] * 2 + [ctypes.c_int] * 2 + [size, pointer, pointer]
         )
         self._write = library.steeple_write
         self._write.argtypes = [pointer] * 5 + [size] * 7 + [ctypes.c_int]
@@ -70,6 +71,7 @@ class NativeAttention:
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        page_scores: Tensor | None = None,
     ) -> Tensor:
         """See ``PagedAttention``. An odd head dim, which the kernel does not have, goes to the reference."""
         P, K, S, H = _check_cache(keys, values)
@@ -77,17 +79,23 @@ class NativeAttention:
         T, N, _ = q_TNH.shape
         if H % 2:
             plain = (_plain_keys(keys), _plain_values(values))
-            return paged_attention(q_TNH, *plain, layout, scale=scale, window=window, softcap=softcap)
+            return paged_attention(
+                q_TNH, *plain, layout, scale=scale, window=window, softcap=softcap, page_scores=page_scores
+            )
         known, pointers = self._last
         if known is not layout:
             pointers = _pointers(layout)
             self._last = (layout, pointers)
+        if page_scores is not None:
+            check_page_scores(page_scores, K, int(layout.cu_blocks[-1]))
+            page_scores.fill_(float("-inf"))
         out_TNH = q_TNH.new_empty((T, N, H))
         outcome = self._attend(
             q_TNH.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
             out_TNH.data_ptr(),
+            None if page_scores is None else page_scores.data_ptr(),
             *pointers,
             T,
             q_TNH.stride(0),
@@ -190,7 +198,7 @@ def _pointers(layout: KVLayout) -> tuple[int, ...]:
     check_layout(layout)
     fields = (layout.cu_rows, layout.blocks, layout.cu_blocks, layout.prefix, layout.ancestors, layout.text_len)
     addresses = (x.data_ptr() for x in (*fields, layout.positions))
-    return (*addresses, layout.text_len.shape[0], layout.blocks.shape[0])
+    return (*addresses, layout.text_len.shape[0], layout.blocks.shape[0], layout.head_stride)
 
 
 @functools.cache

@@ -48,7 +48,7 @@ class HeadShape:
     kv_dtype: torch.dtype
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedLayout(KVLayout):
     """A layout whose plan lies on the device already, at an address that stays."""
 
@@ -159,8 +159,10 @@ class TritonAttention:
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        page_scores: Tensor | None = None,
     ) -> Tensor:
-        """See ``PagedAttention``."""
+        """See ``PagedAttention``. There are no page scores yet: asking for them raises ``InternalError``."""
+        require(page_scores is None, "a GPU gives no page scores; run on the CPU, or draft without them")
         check_cache(keys, values)
         _check(q_TNH, keys, layout)
         (T, N, H), (P, K, S, _) = q_TNH.shape, keys.shape
@@ -194,7 +196,7 @@ class TritonAttention:
 
         A layout is known by its contents: the next step may write over the same tensors.
         """
-        contents = [getattr(layout, name).numpy() for name in CONTENTS]
+        contents = [np.asarray(layout.head_stride), *(getattr(layout, name).numpy() for name in CONTENTS)]
         last = self._last
         if last is None or last.shape != shape or not all(map(np.array_equal, last.contents, contents)):
             plan = self.plan(layout, shape, blocks)

@@ -30,6 +30,7 @@ AT_ANCESTORS = tl.constexpr(4)
 AT_SLOT = tl.constexpr(5)
 AT_SPLITS = tl.constexpr(6)
 AT_BLOCKS = tl.constexpr(7)
+HEAD_STRIDE = tl.constexpr(8)
 ITEM = tl.constexpr(8)
 
 
@@ -158,7 +159,7 @@ def attend(
     for turn in range(tl.program_id(0), tl.load(plan + ITEMS_COUNT) * K, tl.num_programs(0)):
         head = turn % K
         item = plan + tl.load(plan + AT_ITEMS) + (turn // K) * ITEM
-        table = plan + tl.load(plan + AT_BLOCKS) + tl.load(item + 2)
+        table = plan + tl.load(plan + AT_BLOCKS) + tl.load(item + 2) + head * tl.load(plan + HEAD_STRIDE)
         first = tl.load(item + 4)
         stop = tl.load(item + 5)
         live, row, column, prefix, positions, bits = _rows(plan, item, head, N, G, BLOCK_M)

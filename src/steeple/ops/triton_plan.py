@@ -18,7 +18,8 @@ from steeple.types import KVLayout
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
-HEADER = 8  # int32: number of items, then where items, prefix, positions, ancestors, slots, splits and blocks begin
+# int32: number of items; where items, prefix, positions, ancestors, slots, splits and blocks begin; head_stride
+HEADER = 9
 ITEM = 8  # int32: first row, rows, first block, text_len, first key, end of keys, first key of the tree, direct
 NO_TREE = 1 << 30
 
@@ -59,7 +60,7 @@ def make_plan(layout: KVLayout, tiling: Tiling, kv_heads: int, blocks: int) -> P
     Raises ``InternalError`` if the layout breaks the contract or a row would read outside the cache.
     """
     check_layout(layout)
-    tiles = _Tiles.of(layout, tiling, blocks)
+    tiles = _Tiles.of(layout, tiling, kv_heads, blocks)
     splits = np.maximum(-(-tiles.end // tiling.split), 1)
     parted = _parted(tiles, splits, tiling, kv_heads)
     own_splits = np.where(parted, splits, 1)
@@ -73,13 +74,14 @@ def make_plan(layout: KVLayout, tiling: Tiling, kv_heads: int, blocks: int) -> P
         layout.ancestors.numpy().view(np.int32),  # little-endian: low word first
         row_slot,
         row_splits,
-        layout.blocks.numpy(),
+        _tables(layout, kv_heads),
     )
     sizes = [part.shape[0] for part in parts]
     starts = HEADER + np.concatenate(([0], np.cumsum(sizes)))
     array = np.empty(int(starts[-1]), dtype=np.int32)
     array[0] = items.shape[0]
-    array[1:HEADER] = starts[:-1]
+    array[1 : HEADER - 1] = starts[:-1]
+    array[HEADER - 1] = layout.head_stride
     for start, part in zip(starts, parts, strict=False):
         array[start : start + part.shape[0]] = part
     return Plan(array, items.shape[0], bool(parted.any()))
@@ -97,12 +99,13 @@ class _Tiles:
     tree_from: Int64
 
     @staticmethod
-    def of(layout: KVLayout, tiling: Tiling, blocks: int) -> _Tiles:
+    def of(layout: KVLayout, tiling: Tiling, kv_heads: int, blocks: int) -> _Tiles:
         cu_rows = layout.cu_rows.numpy().astype(np.int64)
         cu_blocks = layout.cu_blocks.numpy().astype(np.int64)
         counts, held = np.diff(cu_rows), np.diff(cu_blocks)
-        T, given = layout.prefix.shape[0], layout.blocks.numpy()
-        edges = bool(cu_rows[0] == cu_blocks[0] == 0 and cu_rows[-1] == T and cu_blocks[-1] == given.shape[0])
+        T, given = layout.prefix.shape[0], _tables(layout, kv_heads)
+        entries = int(cu_blocks[-1]) + (kv_heads - 1) * layout.head_stride
+        edges = bool(cu_rows[0] == cu_blocks[0] == 0 and cu_rows[-1] == T and entries == given.shape[0])
         require(edges and bool((counts >= 0).all() and (held >= 0).all()), "cu_rows or cu_blocks is wrong")
         each = -(-counts // tiling.rows)
         owner = np.repeat(np.arange(counts.shape[0]), each)
@@ -126,6 +129,11 @@ class _Tiles:
             np.maximum.reduceat(row_end, first),
             np.where(tree, text_len[owner] // tiling.keys * tiling.keys, NO_TREE),
         )
+
+
+def _tables(layout: KVLayout, kv_heads: int) -> Int32:
+    """The block tables of all heads; a layer's are followed by those of the layers behind it."""
+    return layout.blocks.numpy()[: int(layout.cu_blocks[-1]) + (kv_heads - 1) * layout.head_stride]
 
 
 OUTSIDE = "a row sees a position outside its request's blocks, or a block lies outside the cache"

@@ -18,6 +18,8 @@ from steeple.train.progress import read_log
 from steeple.train.shape import SHAPES
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from steeple.train.lm import LMConfig
 
 RECORD = "training.json"
@@ -101,9 +103,9 @@ def training_record(
         "tokens": progress["step"] * config.batch_tokens,
         "seconds": round(progress["seconds"], 1),
         "hardware": hardware(model.device),
-        "train_loss": _rounded(sum(last) / len(last)) if last else None,
+        "train_loss": rounded(sum(last) / len(last)) if last else None,
         "train_loss_steps": len(last),
-        "losses": {name: _rounded(value) for name, value in losses.items()},
+        "losses": {name: rounded(value) for name, value in losses.items()},
         "curve": curve(log),
     }
 
@@ -114,15 +116,15 @@ def curve(log: list[dict[str, Any]], points: int = CURVE_POINTS) -> list[dict[st
     found = []
     for part in (log[i : i + size] for i in range(0, len(log), size)):
         point = {key: part[-1][key] for key in ("step", "tokens", "lr")}
-        point["loss"] = _rounded(sum(r["loss"] for r in part) / len(part))
+        point["loss"] = rounded(sum(r["loss"] for r in part) / len(part))
         seen = [r["validation"] for r in part if "validation" in r]
-        found.append({**point, "validation": _rounded(seen[-1])} if seen else point)
+        found.append({**point, "validation": rounded(seen[-1])} if seen else point)
     return found
 
 
-def command(config: LMConfig) -> str:
+def command(config: DataclassInstance, name: str = "steeple train lm") -> str:
     """The command line of ``config``: what differs from the defaults."""
-    parts = ["steeple train lm"]
+    parts = [name]
     for item in fields(config):
         value = getattr(config, item.name)
         if value == item.default and item.name != "shape":
@@ -162,5 +164,6 @@ def card(record: dict[str, Any]) -> str:
     )
 
 
-def _rounded(value: float) -> float | None:
+def rounded(value: float) -> float | None:
+    """Four decimals; None for what is not a number."""
     return None if math.isnan(value) else round(value, 4)

@@ -136,18 +136,33 @@ def documents(sources: Sequence[str] = ()) -> list[Document]:
     return found
 
 
+def token_dtype(vocab: int) -> str:
+    """How the tokens of a vocabulary of this size are stored: in 16 bits where they fit."""
+    return "<u2" if vocab <= 1 << 16 else "<u4"
+
+
 def write_tokens(
-    docs: Sequence[Document], encode: Callable[[list[str]], list[list[int]]], eos: int, path: Path, *, seed: int = 0
+    docs: Sequence[Document],
+    encode: Callable[[list[str]], list[list[int]]],
+    eos: int,
+    path: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "<u2",
 ) -> int:
-    """Write the documents, shuffled by ``seed``, each followed by ``eos``, as one uint16 file; returns its tokens."""
+    """Write the documents, shuffled by ``seed``, each followed by ``eos``, as one file; returns its tokens."""
     order = np.random.default_rng(seed).permutation(len(docs))
     rows = encode([docs[i].text for i in order])
     stream = np.fromiter((token for row in rows for token in (*row, eos)), dtype=np.int64)
-    if len(stream) and stream.max() > np.iinfo(np.uint16).max:
-        raise ConfigError(f"Token id {stream.max()} does not fit in 16 bits; use a vocabulary of at most 65,536.")
+    largest = int(np.iinfo(dtype).max)
+    if len(stream) and stream.max() > largest:
+        bits = np.dtype(dtype).itemsize * 8
+        raise ConfigError(
+            f"Token id {stream.max()} does not fit in {bits} bits; use a vocabulary of at most {largest + 1:,}."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    stream.astype("<u2").tofile(partial)
+    stream.astype(dtype).tofile(partial)
     partial.replace(path)
     return len(stream)
 
@@ -160,10 +175,10 @@ class TokenStream:
     seed: int
 
     @staticmethod
-    def open(path: Path, seed: int = 0) -> TokenStream:
-        """Map the uint16 file ``path``; an empty one, which cannot be mapped, is an empty stream."""
+    def open(path: Path, seed: int = 0, dtype: str = "<u2") -> TokenStream:
+        """Map the file ``path``; an empty one, which cannot be mapped, is an empty stream."""
         size = path.stat().st_size
-        return TokenStream(np.memmap(path, dtype="<u2", mode="r") if size else np.zeros(0, dtype="<u2"), seed)
+        return TokenStream(np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype=dtype), seed)
 
     def batch(self, phase: int, index: int, rows: int, seq_len: int) -> Tensor:
         """Batch ``index`` of ``phase``: int64 ``[rows, seq_len + 1]``, windows without overlap within an epoch."""

@@ -24,7 +24,7 @@ from steeple.train.card import write_model
 from steeple.train.checkpoint import load_checkpoint, save_checkpoint
 from steeple.train.data import SPLITS, TokenStream, documents, write_tokens
 from steeple.train.loss import flops_per_token, next_token_loss
-from steeple.train.optim import Optimizers, Rates, wsd
+from steeple.train.optim import Optimizers, Rates, check_phases, phase_of, wsd
 from steeple.train.progress import Reporter, measured_peak
 from steeple.train.shape import SHAPES, Shape, init_weights, llama_config
 from steeple.train.tokenizer import load_tokenizer, train_tokenizer
@@ -87,14 +87,9 @@ class LMConfig:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ConfigError(f"LMConfig.shape = {self.shape!r} is unknown. {did_you_mean(self.shape, SHAPES)}")
-        if len(self.seq_lens) != len(self.shares) or not self.seq_lens:
-            raise ConfigError(f"LMConfig.shares = {self.shares!r} needs one share for each of {self.seq_lens!r}.")
-        if not math.isclose(sum(self.shares), 1.0, abs_tol=1e-6):
-            raise ConfigError(f"LMConfig.shares = {self.shares!r} sum to {sum(self.shares)}; they must sum to 1.")
+        check_phases("LMConfig", self.seq_lens, self.shares, self.batch_tokens)
         for length in self.seq_lens:
             check_range("LMConfig", "seq_lens", length, 2, SHAPES[self.shape].context)
-            if self.batch_tokens % length:
-                raise ConfigError(f"LMConfig.batch_tokens = {self.batch_tokens} is no multiple of {length}.")
         for name in ("tokens", "batch_tokens", "micro_tokens", "save_every", "validate_every", "validate_windows"):
             check_range("LMConfig", name, getattr(self, name), 1, 1e15)
         check_range("LMConfig", "warmup", self.warmup, 0, 1e9)
@@ -110,14 +105,7 @@ class LMConfig:
 
     def phase(self, step: int) -> tuple[int, int]:
         """``(phase, index of the step within it)``."""
-        begin, share = 0, 0.0
-        for number, part in enumerate(self.shares):
-            share += part
-            end = self.steps if number == len(self.shares) - 1 else round(share * self.steps)
-            if step < end:
-                return number, step - begin
-            begin = end
-        raise ConfigError(f"Step {step} is beyond the {self.steps} steps of {self.tokens} tokens; raise tokens.")
+        return phase_of(step, self.steps, self.shares)
 
 
 class Trainer:

@@ -6,6 +6,8 @@ Schedule: warm up, stay, decay linearly to zero (WSD, Hu et al. 2024, arXiv:2404
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from steeple.config import check_range
+from steeple.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +42,16 @@ class Rates:
 
 
 class Optimizers:
-    """The optimisers of one model, stepped and saved together."""
+    """The optimisers of one model, stepped and saved together. ``others``: parameters beside it, stepped as norms."""
 
-    def __init__(self, model: nn.Module, rates: Rates) -> None:
-        named = dict(model.named_parameters())
+    def __init__(self, model: nn.Module, rates: Rates, others: Sequence[nn.Parameter] = ()) -> None:
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = [p for name, p in named.items() if name.startswith("layers.") and p.ndim == 2]
         vectors = [p for p in named.values() if p.ndim < 2]
         groups: list[dict[str, Any]] = [
             {"params": [p for name, p in named.items() if name.startswith("embed.")], "lr": rates.embed},
             {"params": [p for name, p in named.items() if name.startswith("head.")], "lr": rates.head},
-            {"params": vectors, "lr": rates.norm},
+            {"params": [*vectors, *others], "lr": rates.norm},
         ]
         adam = AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
         muon = Muon(
@@ -86,3 +89,27 @@ def wsd(step: int, total: int, warmup: int, decay_share: float) -> float:
     """
     decay = max(1.0, decay_share * total)
     return min(1.0, (step + 1) / max(1, warmup), max(0.0, (total - step) / decay))
+
+
+def check_phases(owner: str, seq_lens: Sequence[int], shares: Sequence[float], batch_tokens: int) -> None:
+    """Raise ``ConfigError`` unless there is a share for each window length, and a batch holds whole windows."""
+    if len(seq_lens) != len(shares) or not seq_lens:
+        raise ConfigError(f"{owner}.shares = {shares!r} needs one share for each of {seq_lens!r}.")
+    if not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+        raise ConfigError(f"{owner}.shares = {shares!r} sum to {sum(shares)}; they must sum to 1.")
+    for length in seq_lens:
+        check_range(owner, "seq_lens", length, 2, 2**31 - 1)
+        if batch_tokens % length:
+            raise ConfigError(f"{owner}.batch_tokens = {batch_tokens} is no multiple of {length}.")
+
+
+def phase_of(step: int, steps: int, shares: Sequence[float]) -> tuple[int, int]:
+    """``(phase, index of the step within it)`` where each phase has its share of ``steps``."""
+    begin, share = 0, 0.0
+    for number, part in enumerate(shares):
+        share += part
+        end = steps if number == len(shares) - 1 else round(share * steps)
+        if step < end:
+            return number, step - begin
+        begin = end
+    raise ConfigError(f"Step {step} is beyond the {steps} steps of the run; raise tokens.")

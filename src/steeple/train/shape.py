@@ -54,11 +54,11 @@ def llama_config(shape: Shape, eos: int) -> LlamaConfig:
 
 @torch.no_grad()
 def init_weights(model: Decoder, seed: int) -> None:
-    """Normal weights of fan-in scale; what writes to the residual stream starts at zero, and so do the logits."""
+    """Normal weights of fan-in scale; what writes to the residual stream, logits and biases start at zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
         elif name.startswith("head.") or name.endswith((".o.weight", ".down.weight")):
             parameter.zero_()
         else:

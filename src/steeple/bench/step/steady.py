@@ -71,7 +71,7 @@ class ScriptedDrafter:
         self.needs = Needs(nodes=config.k)
         self._config, self._device = config, device
 
-    def prepare(self, blocks: int) -> None:
+    def prepare(self, cache: PagedCache) -> None:
         pass
 
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> Draft:

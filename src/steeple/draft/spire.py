@@ -1,0 +1,142 @@
+"""SPIRe: the target's last layers, trained to draft, read the target's own keys through a small window.
+
+Source: SPIRe (MatX 2025): sparse attention, pruned initialisation, feedback memory.
+Cost: k passes of a quarter of the target a round and keys of constant size; no prompt is read, no second cache kept.
+Loses to plain decoding where the target's verification is bound by arithmetic (large batch, short context), and to
+``sparse_self`` at very long context, where only acceptance counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from steeple import hf
+from steeple.cache.paged import PagedCache
+from steeple.cache.slice import CacheSlice, LayerCache
+from steeple.cache.window import EVERYTHING, Window
+from steeple.draft.base import Drafter, Surroundings
+from steeple.draft.sparse_self import check_draft_shape, choice_rule
+from steeple.draft.windowed import DraftShape, Passes, View, WindowDrafter, draft_laws
+from steeple.errors import ConfigError
+from steeple.model.decoder import Decoder, Hidden
+from steeple.model.layers import Layer
+from steeple.model.load import load_decoder
+from steeple.model.run import Runner
+from steeple.model.spire import SHAPE_FILE, FeedbackMemory, SpireShape, embedding, keys_values
+from steeple.ops.linear import quantised
+from steeple.types import Batch
+
+__all__ = ["SpireDraftConfig", "SpireMemory", "check_draft", "draft_laws", "spire_drafter"]
+
+SAME_KEYS = 0.05  # relative difference of key and value projections; quantising a target to 8 bits makes about 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpireDraftConfig:
+    """Settings of a SPIRe draft; its window is the one it was trained with. ``choose`` and ``budget`` as for
+    ``sparse_self``: pages beside the window, which it was not trained with."""
+
+    model: str = field(default="", metadata={"help": "folder of the trained draft; empty: the target's sibling"})
+    choose: str = field(default="window", metadata={"help": "window, snapkv or pillar: pages read beside the window"})
+    budget: float = field(default=128.0, metadata={"help": "positions to choose, or up to 1 a share of the text"})
+    k: int = field(default=4, metadata={"help": "depth of the draft"})
+    width: int = field(default=1, metadata={"help": "greedy requests: tokens proposed per depth"})
+
+    def __post_init__(self) -> None:
+        choice_rule("spire", self.choose, self.budget)
+        check_draft_shape("spire", self.k, self.width)
+
+    def build(self, around: Surroundings) -> Drafter:
+        """Load the draft; ``ConfigError`` if it was trained for another target."""
+        folder = Path(hf.resolve(self.model)) if self.model else _sibling(around)
+        shape, target = SpireShape.load(folder), around.decoder
+        limit = target.config.max_context
+        decoder = load_decoder(folder, dtype=around.dtype, device=around.device, max_context=limit)
+        memory = FeedbackMemory.load(folder).to(around.device) if shape.feedback else None
+        check_draft(shape, decoder, target, folder)
+        decoder.use(around.kernels)
+        return spire_drafter(self, shape, decoder, memory, around)
+
+
+def spire_drafter(
+    config: SpireDraftConfig,
+    shape: SpireShape,
+    decoder: Decoder,
+    memory: FeedbackMemory | None,
+    around: Surroundings,
+) -> WindowDrafter:
+    """The drafter over a draft in memory."""
+
+    def passes(cache: PagedCache) -> Passes:
+        layers = CacheSlice(cache, shape.target_layers[0])
+        runner = Runner(decoder, layers, around.attention)
+        return Passes(runner, None if memory is None else SpireMemory(decoder, memory, layers))
+
+    window = Window(shape.sink, EVERYTHING if shape.dense else shape.window)
+    view = View(window, choice_rule("spire", config.choose, config.budget), shape.target_layers[0])
+    return WindowDrafter(DraftShape(config.k, config.width), view, around, passes)
+
+
+class SpireMemory:
+    """Feedback memory (Fan et al. 2020, arXiv 2002.09402): the keys of a position in flight come from a mix of all of
+    its states, once they are known."""
+
+    def __init__(self, decoder: Decoder, memory: FeedbackMemory, layers: LayerCache) -> None:
+        self._decoder, self._memory, self._layers = decoder, memory, layers
+        self.keep: Sequence[int] = range(decoder.config.num_layers)
+
+    def write(self, batch: Batch, hidden: Hidden) -> None:
+        """Stage the memory's keys and values at the batch's slots."""
+        states = [embedding(self._decoder, batch.tokens), *(hidden.kept[layer] for layer in self.keep)]
+        for layer, m_BD in enumerate(self._memory(states)):
+            k_BKH, v_BKH = keys_values(self._decoder, layer, m_BD, batch.positions)
+            self._layers.stage(layer, batch, k_BKH, v_BKH)
+
+
+def check_draft(shape: SpireShape, draft: Decoder, target: Decoder, folder: Path) -> None:
+    """``ConfigError`` unless the engine can run this draft on this target's cache."""
+    shape.check_target(target.config, draft.config)
+    first, n = shape.target_layers[0], draft.config.num_layers
+    for name, wrong in (
+        ("own_keys", shape.own_keys),
+        ("target_activations", not shape.target_activations),
+        ("target_layers", shape.target_layers != tuple(range(first, first + n))),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"drafter spire, {folder}: {name} = {getattr(shape, name)!r} is for comparing in training; the "
+                "engine reads the target's own keys. Train the draft without that option."
+            )
+    for layer in range(n):
+        ours, theirs = _key_rows(draft, layer), _key_rows(target, first + layer)
+        if (ours - theirs).norm() > SAME_KEYS * theirs.norm():
+            raise ConfigError(
+                f"drafter spire, {folder}: its keys are not those of this target's layer {first + layer}; it was "
+                "trained for another model. Give its own target, or train a draft for this one (steeple train spire)."
+            )
+
+
+def _key_rows(decoder: Decoder, layer: int) -> torch.Tensor:
+    """What makes keys and values of the residual stream, float32 ``[2 K H, D]``."""
+    block = decoder.layers[layer]
+    assert isinstance(block, Layer)
+    qkv = block.attention.qkv
+    weight = qkv.weight if qkv.packed is None else qkv.packed.unpack()
+    known = quantised(weight)
+    whole = weight.float() if known is None else known.values.float() * known.scales[:, None]
+    rows = whole[block.attention.heads * block.attention.head_dim :]
+    return rows * block.attention_norm.weight.float()
+
+
+def _sibling(around: Surroundings) -> Path:
+    folder = around.model_folder.parent / "spire" if around.model_folder is not None else None
+    if folder is None or not (folder / SHAPE_FILE).exists():
+        raise ConfigError(
+            f"drafter spire: the model {around.model_folder} has no trained draft beside it; train one "
+            "(steeple train spire) and name its folder: spire:DIR."
+        )
+    return folder

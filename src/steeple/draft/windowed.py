@@ -1,0 +1,229 @@
+"""Drafting through windows on the target's own cache: what ``sparse_self`` and ``spire`` have in common.
+
+A round is k forwards of one row per request over a few pages of the target's keys. They write the keys of the positions
+in flight behind the text, into the slots that verification writes over; so there is no second cache, no prompt to read,
+nothing to roll back, and a round may be left out at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steeple.cache.batch import Ints, Span, make_batch
+from steeple.cache.paged import PagedCache
+from steeple.cache.pages import ChoiceRule, PageChoice
+from steeple.cache.sinks import SinkCopies, Turn
+from steeple.cache.window import Window, WindowBatches
+from steeple.draft.base import Needs, Surroundings
+from steeple.draft.chain import Chain
+from steeple.errors import InternalError
+from steeple.model.accelerate import accelerate
+from steeple.model.decoder import Hidden
+from steeple.model.run import Runner
+from steeple.ops.law import SamplingBatch
+from steeple.request import Request
+from steeple.types import Batch, Draft, SamplingParams
+
+
+class Memory(Protocol):
+    """What a draft remembers of a position in flight, if that is not what its forward wrote."""
+
+    @property
+    def keep(self) -> Sequence[int]:
+        """Layers whose outputs ``write`` wants."""
+        ...
+
+    def write(self, batch: Batch, hidden: Hidden) -> None:
+        """Replace the keys and values at the batch's slots."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The forwards of a draft over a cache. ``memory``: rows then see only what lies before them."""
+
+    runner: Runner
+    memory: Memory | None = None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states after the last norm, ``[B, D]``."""
+        if self.memory is None:
+            return self.runner.forward(batch).final_TD
+        hidden = self.runner.forward(batch, keep=self.memory.keep)
+        self.memory.write(batch, hidden)
+        return hidden.final_TD
+
+
+@dataclass(frozen=True, slots=True)
+class DraftShape:
+    """``k`` deep; for greedy requests ``width`` tokens per depth, of which the likeliest goes on."""
+
+    k: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What of the target's cache a draft reads: a window; by ``rule``, if there is one, more pages beside it; and from
+    which of the target's layers on. ``compact``: positions are those within the view, as StreamingLLM has them, instead
+    of those in the text."""
+
+    window: Window
+    rule: ChoiceRule | None = None
+    first_layer: int = 0
+    compact: bool = False
+
+
+class WindowDrafter:
+    """The drafter. Drawn tokens carry the law they were drawn from; greedy requests get chosen tokens.
+
+    Args: depth: how far and how wide a draft reaches; view: which keys it reads; passes: makes the forwards over the
+        target's cache.
+    """
+
+    def __init__(
+        self, depth: DraftShape, view: View, around: Surroundings, passes: Callable[[PagedCache], Passes]
+    ) -> None:
+        self._k, self._width, self._view, self.around, self._make = depth.k, depth.width, view, around, passes
+        self._choice: PageChoice | None = None
+        self._sinks: SinkCopies | None = None
+        self._vocab = around.decoder.config.vocab_size
+        self._sampling = SamplingBatch.of(())
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(nodes=self._k * self._width, shares_cache=True, scores=self._view.rule is not None)
+
+    def prepare(self, cache: PagedCache) -> None:
+        """Nothing to allocate but the batches' own memory."""
+        self._cache, self._passes = cache, self._make(cache)
+        accelerate(self._passes.runner, graphs=self.around.graphs)
+        strict = self._passes.memory is not None
+        size, view = cache.block_size, self._view
+        self._windows = WindowBatches(size, self.around.device, view.window, strict=strict)
+        shape = self._passes.runner.decoder.config
+        self._heads = (shape.num_layers, shape.num_kv_heads)
+        if view.rule is not None:
+            layers = slice(view.first_layer, view.first_layer + shape.num_layers)
+            self._choice = PageChoice(view.rule, view.window, size, layers)
+        self._sinks = self._sink_copies(cache) if view.compact else None
+
+    def _sink_copies(self, cache: PagedCache) -> SinkCopies:
+        decoder, runner = self._passes.runner.decoder, self._passes.runner
+        turn = Turn(decoder.cos / decoder.config.rope_scale, decoder.sin / decoder.config.rope_scale)
+        pages = -(-self._view.window.sink // cache.block_size)
+        return SinkCopies(cache, runner.cache, decoder.config.num_layers, pages, turn)
+
+    @torch.inference_mode()
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> Draft:
+        """A chain for each request, up to ``k`` deep; what is left of the budget goes to its siblings."""
+        places = [b for b, nodes in enumerate(budget) if nodes]
+        if not places:
+            return Draft.empty(len(requests), self.around.device)
+        drafted = list(requests) if len(places) == len(requests) else [requests[b] for b in places]
+        if self._sampling.requests != drafted:
+            self._sampling = SamplingBatch.of(drafted, self.around.device)
+        counts = [min(nodes, self._k) for nodes in budget]
+        width = self._width if self._sampling.laws.all_greedy and not self._sampling.laws.penalised else 1
+        chain = Chain(self._sampling, [counts[b] for b in places], self._passes.runner, self._vocab, width)
+        self._grow(chain, drafted)
+        return chain.tree(counts, budget) if width > 1 else chain.draft(chain.table(), counts)
+
+    def _grow(self, chain: Chain, requests: Sequence[Request]) -> None:
+        everyone = [r.id for r in requests]
+        base = np.fromiter(map(len, requests), np.int64, len(requests)) - 1
+        tokens: Ints = np.fromiter([r.newest for r in requests], np.int64, len(requests))
+        deepest, rows = int(chain.budget.max()), 0
+        for depth in range(deepest):
+            active = chain.active(depth)
+            if active.shape[0] != rows:
+                rows = active.shape[0]
+                ids = everyone if rows == len(everyone) else [everyone[b] for b in active.tolist()]
+                self._open(ids, base[active], deepest)
+            batch = self._windows.at(depth, tokens[active] if rows < len(everyone) else tokens)
+            chain.extend(self._passes.forward(batch))
+            tokens = chain.tokens[-1]
+
+    def _open(self, ids: list[str], base: Ints, nodes: int) -> None:
+        tables = [self._cache.table(id) for id in ids]
+        chosen = None if self._choice is None else self._choice.of(ids, self._heads)
+        self._windows.open(ids, tables, base, nodes, chosen)
+        if self._sinks is not None:
+            self._windows.put_sinks(self._sinks.of(ids, tables, self._windows.skipped))
+
+    @torch.inference_mode()
+    def forced_laws(self, request: Request, forced: Ints) -> Tensor:
+        """The laws (temperature 1) along a path that is given instead of drawn, float32 ``[k, V]``.
+
+        ``forced[j]`` is the node after law j; the last one is not needed. The request stands in the target's cache.
+        """
+        base, steps = np.array([len(request) - 1]), forced.shape[0]
+        self._open([request.id], base, steps)
+        tokens = np.concatenate(([request.newest], forced[:-1]))
+        hidden = [self._passes.forward(self._windows.at(j, tokens[j : j + 1])).clone() for j in range(steps)]
+        return self._passes.runner.logits(torch.cat(hidden)).softmax(dim=-1)
+
+    def observe(self, requests: Sequence[Request], batch: Batch, kept: Sequence[Sequence[int]], hidden: Hidden) -> None:
+        """Choose pages for the next round by what the target's rows attended to. Keys need no care: verification has
+        written those that the next round reads."""
+        del batch, kept
+        choice = self._choice
+        if choice is None or hidden.scores is None:
+            return
+        places = [b for b, r in enumerate(requests) if r.ready and not r.finished and choice.wants(r.id)]
+        if not places:
+            return
+        scores = hidden.scores.unflatten(-1, (len(requests), -1))  # block tables of a batch have one width
+        if len(places) < len(requests):
+            scores = scores[:, :, torch.tensor(places, device=scores.device)]
+        chosen_for = [requests[b] for b in places]
+        choice.note([r.id for r in chosen_for], [len(r) for r in chosen_for], scores)
+
+    def forget(self, request: Request) -> None:
+        """Nothing is kept of a request but pages chosen for it and copies of its sink."""
+        if self._choice is not None:
+            self._choice.forget(request.id)
+        if self._sinks is not None:
+            self._sinks.forget(request.id)
+
+    def check_integrity(self) -> None:
+        """Chosen pages must have gone with their requests."""
+        for kept in (self._choice, self._sinks):
+            if kept is not None and kept.remembered:
+                raise InternalError(f"pages of {sorted(kept.remembered)[:4]} are left over")
+
+
+@torch.inference_mode()
+def draft_laws(drafter: WindowDrafter, text: Sequence[int], forced: Sequence[int]) -> Tensor:
+    """The laws of a draft as the engine computes them, out of a target's cache made for the purpose.
+
+    Args:
+        text: the last token is the root of the draft, the rest is in the cache.
+        forced: the nodes after laws 0, 1, ...; as many laws are made.
+
+    Returns:
+        float32 ``[len(forced), V]``, temperature 1. For comparing training with inference.
+    """
+    around, request = drafter.around, Request("parity", list(text), SamplingParams())
+    length = len(text) + len(forced)
+    cache = PagedCache(
+        around.decoder.config,
+        blocks=-(-length // around.block_size),
+        block_size=around.block_size,
+        dtype=around.dtype,
+        device=around.device,
+        attention=around.attention,
+    )
+    cache.attach(request.id, request.tokens)
+    cache.reserve(request.id, length)
+    span = Span(request.id, 0, request.tokens[:-1], cache.table(request.id))
+    batch = make_batch([span], Draft.empty(1), around.block_size, around.device)
+    Runner(around.decoder, cache, around.attention).forward(batch)
+    drafter.prepare(cache)
+    return drafter.forced_laws(request, np.array(forced, dtype=np.int64))

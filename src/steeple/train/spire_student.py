@@ -1,0 +1,103 @@
+"""A SPIRe draft to be trained: cut out of its target, with the projections that must stay the target's held still."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from steeple.model.decoder import Decoder
+from steeple.model.layers import Attention, Linear
+from steeple.model.spire import FeedbackMemory, SpireShape, prune
+from steeple.train.shape import init_weights
+from steeple.train.spire_forward import Student
+
+
+class HeldKeys(nn.Module):
+    """In place of a fused projection: its query rows are trained, its key and value rows stay what they are.
+
+    Masking a gradient would not do: weight decay moves what has none, and Muon scales its step by the whole shape.
+    """
+
+    packed = None
+
+    def __init__(self, whole: Linear, rows: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(whole.weight[:rows].detach().clone())
+        self.keys_values = nn.Parameter(whole.weight[rows:].detach().clone(), requires_grad=False)
+        self.queries_bias = self.keys_values_bias = None
+        if whole.bias is not None:
+            self.queries_bias = nn.Parameter(whole.bias[:rows].detach().clone())
+            self.keys_values_bias = nn.Parameter(whole.bias[rows:].detach().clone(), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat((self.queries, self.keys_values))
+
+    @property
+    def bias(self) -> Tensor | None:
+        if self.queries_bias is None or self.keys_values_bias is None:
+            return None
+        return torch.cat((self.queries_bias, self.keys_values_bias))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        parts = (self.queries, self.queries_bias), (self.keys_values, self.keys_values_bias)
+        return torch.cat([F.linear(x_TD, weight, bias) for weight, bias in parts], dim=-1)
+
+
+def new_student(target: Decoder, shape: SpireShape, *, random_init: bool, seed: int) -> Student:
+    """The draft of ``shape`` in float32, begun from the last layers of ``target`` or, but for its keys, at random."""
+    draft = prune(target, len(shape.target_layers)).float()
+    if random_init:
+        pruned = {name: value.detach().clone() for name, value in draft.named_parameters()}
+        init_weights(draft, seed)
+        if shape.reads_target_cache:
+            _put_back_keys(draft, pruned)
+    draft.requires_grad_(True)
+    if shape.reads_target_cache:
+        _freeze_keys(draft)
+    memory = FeedbackMemory(draft.config.num_layers).to(draft.device) if shape.feedback else None
+    return Student(draft, shape, memory)
+
+
+def _query_rows(draft: Decoder) -> int:
+    return draft.config.num_heads * draft.config.head_dim
+
+
+@torch.no_grad()
+def _put_back_keys(draft: Decoder, pruned: dict[str, Tensor]) -> None:
+    rows = _query_rows(draft)
+    for name, value in draft.named_parameters():
+        if name.endswith(("attention.qkv.weight", "attention.qkv.bias")):
+            value[rows:] = pruned[name][rows:]
+        elif name.endswith(("attention_norm.weight", "attention.k_norm.weight")):
+            value.copy_(pruned[name])
+
+
+def _freeze_keys(draft: Decoder) -> None:
+    rows = _query_rows(draft)
+    for name, value in draft.named_parameters():
+        if name.endswith(("attention_norm.weight", "attention.k_norm.weight")):
+            value.requires_grad_(False)
+    for attention in [module for module in draft.modules() if isinstance(module, Attention)]:
+        setattr(attention, "qkv", HeldKeys(attention.qkv, rows))  # noqa: B010 - of another class than it is declared
+
+
+@torch.no_grad()
+def finished(student: Student, stored: torch.dtype) -> Student:
+    """A copy for inference in float32, its weights rounded to the type that they will be stored in."""
+    source = student.draft
+    with torch.device("meta"):
+        draft = Decoder(source.config)
+    state = {}
+    for name, _ in draft.named_parameters():
+        module, kind = name.rsplit(".", 1)
+        state[name] = getattr(source.get_submodule(module), kind).detach().to(stored).float()
+    draft.load_state_dict(state, assign=True, strict=not source.config.tie_embeddings)
+    if source.config.tie_embeddings:
+        draft.head.weight = draft.embed.weight
+    draft.reset_rope()
+    memory = None if student.memory is None else copy.deepcopy(student.memory).requires_grad_(False)
+    return Student(draft.requires_grad_(False).eval(), student.shape, memory)
