@@ -94,8 +94,8 @@ class LLM:
 
     Args:
         model: folder, hub name, ``demo`` (the embedded model), or a model that is already loaded.
-        drafter: ``none``, ``ngram``, ``small_lm[:DIR]``, ``sparse_self``, ``spire[:DIR]``, ``auto-k``, or a method's settings,
-            e.g. ``NGramConfig(k=8)``.
+        drafter: ``none``, ``ngram``, ``small_lm[:DIR]``, ``sparse_self``, ``spire[:DIR]``, ``auto-k``, or a
+            method's settings, e.g. ``NGramConfig(k=8)``.
         k: nodes per round, instead of the method's default.
         config: engine settings; single fields may be given as keywords instead, e.g. ``dtype="bfloat16"``.
 

@@ -95,11 +95,28 @@ def target_keys(target: Decoder, text: Sequence[int]) -> list[tuple[Tensor, Tens
     return found
 
 
+def projected_keys(target: Decoder, draft: Decoder, text: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values that the draft's own projections make of what enters the target's layers; by target layer."""
+    causal = torch.ones(len(text), len(text), dtype=torch.bool).tril()
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attended(q, k, v, target.config.scale, causal)
+
+    at, total = torch.arange(len(text)), target.config.num_layers
+    hidden = target(torch.tensor(text), at, attend, keep=range(total))
+    inputs = [embedding(target, torch.tensor(text)), *(hidden.kept[layer] for layer in range(total - 1))]
+    first = total - draft.config.num_layers
+    made = [keys_values(draft, i, inputs[first + i], at) for i in range(draft.config.num_layers)]
+    return [made[0]] * first + made
+
+
 @torch.no_grad()
-def slow_laws(target: Decoder, draft: Decoder, window: Window, memory: FeedbackMemory | None = None) -> Tensor:
+def slow_laws(
+    target: Decoder, draft: Decoder, window: Window, memory: FeedbackMemory | None = None, *, own_keys: bool = False
+) -> Tensor:
     """One token after the other: the target's keys that the definition of a window shows, and the draft's own."""
     base, first = len(TEXT) - 1, target.config.num_layers - draft.config.num_layers
-    cached = target_keys(target, TEXT[:-1])
+    cached = projected_keys(target, draft, TEXT[:-1]) if own_keys else target_keys(target, TEXT[:-1])
     sinks, recent = -(-window.sink // PAGE) * PAGE, max(0, base - window.window) // PAGE * PAGE
     shown = torch.tensor([p for p in range(base) if p < sinks or p >= recent], dtype=torch.int64)
     keys = [cached[first + layer][0][shown] for layer in range(draft.config.num_layers)]
@@ -171,6 +188,30 @@ def test_a_spire_draft_reads_the_targets_keys_and_its_own(target: Decoder, windo
     assert (expected - without).abs().max() > 1e-3, "the memory makes no difference here, so nothing was shown"
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("feedback", [False, True], ids=["own", "feedback"])
+@pytest.mark.parametrize("window", [Window(4, 6), Window(0, 2)])
+def test_a_draft_with_keys_of_its_own_projects_the_targets_activations(
+    target: Decoder, window: Window, feedback: bool, layers: int
+) -> None:
+    draft, memory = a_draft(target, layers), a_memory(layers) if feedback else None
+    generator = torch.Generator().manual_seed(7)
+    for layer in draft.layers:
+        layer.attention.qkv.weight.add_(torch.randn(layer.attention.qkv.weight.shape, generator=generator) * 0.1)
+    shape = SpireShape(
+        target_layers=tuple(range(3 - layers, 3)),
+        sink=window.sink,
+        window=window.window,
+        page=PAGE,
+        feedback=feedback,
+        own_keys=True,
+    )
+    drafter = spire_drafter(SpireDraftConfig(k=5), shape, draft, memory, around(target, attention_backend(CPU)))
+    expected = slow_laws(target, draft, window, memory, own_keys=True)
+    torch.testing.assert_close(draft_laws(drafter, TEXT, FORCED), expected, atol=1e-5, rtol=0)
+    assert (expected - slow_laws(target, draft, window, memory)).abs().max() > 1e-3
+
+
 def saved(draft: Decoder, folder: Path, out: Path, **fields: object) -> Path:
     """A folder as training writes it, beside the target's tokenizer and configuration."""
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -205,7 +246,7 @@ def test_a_draft_of_another_target_is_refused(folder: Path, target: Decoder, tmp
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"own_keys": True}, "own_keys = True is for comparing"),
+        ({"own_keys": True, "dense": True}, "dense = True is for comparing"),
         ({"target_activations": False}, "target_activations = False is for comparing"),
         ({"target_layers": (0, 2)}, r"target_layers = \(0, 2\) is for comparing"),
         ({"target_layers": (2,)}, r"target_layers = \(2,\) names 1 layers, but the draft has 2"),

@@ -81,13 +81,13 @@ def _small(decoder: Decoder, k: int) -> Build:
     return lambda around: SmallLM(SmallLMConfig(k=k), decoder, around)
 
 
-def _spire(target: Decoder, k: int, *, feedback: bool = False, choose: str = "window") -> Build:
+def _spire(target: Decoder, k: int, *, feedback: bool = False, choose: str = "window", own_keys: bool = False) -> Build:
     """The target's last layer, not trained, with a head of its own so that its laws differ from the target's."""
     draft = prune(target, 1)
     generator = torch.Generator().manual_seed(3)
     draft.head.weight.add_(torch.randn(draft.head.weight.shape, generator=generator) * 0.3)
     last = target.config.num_layers - 1
-    shape = SpireShape(target_layers=(last,), sink=1, window=3, feedback=feedback)
+    shape = SpireShape(target_layers=(last,), sink=1, window=3, feedback=feedback, own_keys=own_keys)
     memory = FeedbackMemory(1).requires_grad_(False) if feedback else None
     return lambda around: spire_drafter(SpireDraftConfig(k=k, choose=choose), shape, draft, memory, around)
 
@@ -107,6 +107,7 @@ def drafters(target: Decoder = TARGET, bad: Decoder = BAD, k: int = 4) -> dict[s
         "sparse_self_pillar": SparseSelfConfig(sink=1, window=2, k=k, choose="pillar", budget=6.0).build,
         "spire": _spire(target, k),
         "spire_pillar": _spire(target, k, choose="pillar"),
+        "spire_own_keys": _spire(target, k, own_keys=True),
         "spire_memory": _spire(target, k, feedback=True),
         "chosen_tree": lambda around: RandomTree(vocab, 2 * k),
         "drawn_tree": lambda around: DrawnTree(vocab, 2 * k),
@@ -156,7 +157,7 @@ def make_engine(
         blocks=cache.blocks,
         block_size=cache.block_size,
         dtype=torch.float32,
-        share_prefixes=cache.share,
+        share_prefixes=cache.share and not (drafter is not None and drafter.needs.every_row),
         attention=attention,
     )
     if drafter is not None:

@@ -31,6 +31,7 @@ class Needs:
     reserves them. shares_cache: reads the target's own cache. own_cache_bytes_per_token: what the drafter
     keeps of every position of the text itself; the memory planner counts it. adaptive: the engine is to choose the
     depth of every round, up to ``nodes``. scores: ``observe`` wants the scores of the pages (``Hidden.scores``).
+    every_row: every position of a text must come by as a row, so prefixes are not shared.
     """
 
     hidden: tuple[int, ...] = ()
@@ -39,6 +40,7 @@ class Needs:
     own_cache_bytes_per_token: int = 0
     adaptive: bool = False
     scores: bool = False
+    every_row: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,29 +8,28 @@ Loses to plain decoding where the target's verification is bound by arithmetic (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from steeple import hf
 from steeple.cache.paged import PagedCache
-from steeple.cache.slice import CacheSlice, LayerCache
+from steeple.cache.slice import CacheSlice
 from steeple.cache.window import EVERYTHING, Window
 from steeple.draft.base import Drafter, Surroundings
+from steeple.draft.ringed import RingDrafter
 from steeple.draft.sparse_self import check_draft_shape, choice_rule
-from steeple.draft.windowed import DraftShape, Passes, View, WindowDrafter, draft_laws
+from steeple.draft.windowed import DraftShape, Passes, SpireMemory, View, WindowDrafter, draft_laws
 from steeple.errors import ConfigError
-from steeple.model.decoder import Decoder, Hidden
+from steeple.model.decoder import Decoder
 from steeple.model.layers import Layer
 from steeple.model.load import load_decoder
 from steeple.model.run import Runner
-from steeple.model.spire import SHAPE_FILE, FeedbackMemory, SpireShape, embedding, keys_values
+from steeple.model.spire import SHAPE_FILE, FeedbackMemory, SpireShape
 from steeple.ops.linear import quantised
-from steeple.types import Batch
 
-__all__ = ["SpireDraftConfig", "SpireMemory", "check_draft", "draft_laws", "spire_drafter"]
+__all__ = ["SpireDraftConfig", "check_draft", "draft_laws", "spire_drafter"]
 
 SAME_KEYS = 0.05  # relative difference of key and value projections; quantising a target to 8 bits makes about 0.01
 
@@ -70,31 +69,18 @@ def spire_drafter(
     around: Surroundings,
 ) -> WindowDrafter:
     """The drafter over a draft in memory."""
+    window = Window(shape.sink, EVERYTHING if shape.dense else shape.window)
+    view = View(window, choice_rule("spire", config.choose, config.budget), shape.target_layers[0])
+    depth = DraftShape(config.k, config.width)
+    if shape.own_keys:
+        return RingDrafter(depth, replace(view, rule=None), around, decoder, memory)
 
     def passes(cache: PagedCache) -> Passes:
         layers = CacheSlice(cache, shape.target_layers[0])
         runner = Runner(decoder, layers, around.attention)
         return Passes(runner, None if memory is None else SpireMemory(decoder, memory, layers))
 
-    window = Window(shape.sink, EVERYTHING if shape.dense else shape.window)
-    view = View(window, choice_rule("spire", config.choose, config.budget), shape.target_layers[0])
-    return WindowDrafter(DraftShape(config.k, config.width), view, around, passes)
-
-
-class SpireMemory:
-    """Feedback memory (Fan et al. 2020, arXiv 2002.09402): the keys of a position in flight come from a mix of all of
-    its states, once they are known."""
-
-    def __init__(self, decoder: Decoder, memory: FeedbackMemory, layers: LayerCache) -> None:
-        self._decoder, self._memory, self._layers = decoder, memory, layers
-        self.keep: Sequence[int] = range(decoder.config.num_layers)
-
-    def write(self, batch: Batch, hidden: Hidden) -> None:
-        """Stage the memory's keys and values at the batch's slots."""
-        states = [embedding(self._decoder, batch.tokens), *(hidden.kept[layer] for layer in self.keep)]
-        for layer, m_BD in enumerate(self._memory(states)):
-            k_BKH, v_BKH = keys_values(self._decoder, layer, m_BD, batch.positions)
-            self._layers.stage(layer, batch, k_BKH, v_BKH)
+    return WindowDrafter(depth, view, around, passes)
 
 
 def check_draft(shape: SpireShape, draft: Decoder, target: Decoder, folder: Path) -> None:
@@ -102,7 +88,7 @@ def check_draft(shape: SpireShape, draft: Decoder, target: Decoder, folder: Path
     shape.check_target(target.config, draft.config)
     first, n = shape.target_layers[0], draft.config.num_layers
     for name, wrong in (
-        ("own_keys", shape.own_keys),
+        ("dense", shape.dense and shape.own_keys),
         ("target_activations", not shape.target_activations),
         ("target_layers", shape.target_layers != tuple(range(first, first + n))),
     ):
@@ -111,7 +97,7 @@ def check_draft(shape: SpireShape, draft: Decoder, target: Decoder, folder: Path
                 f"drafter spire, {folder}: {name} = {getattr(shape, name)!r} is for comparing in training; the "
                 "engine reads the target's own keys. Train the draft without that option."
             )
-    for layer in range(n):
+    for layer in range(0 if shape.own_keys else n):
         ours, theirs = _key_rows(draft, layer), _key_rows(target, first + layer)
         if (ours - theirs).norm() > SAME_KEYS * theirs.norm():
             raise ConfigError(

@@ -19,13 +19,15 @@ from steeple.cache.batch import Ints, Span, make_batch
 from steeple.cache.paged import PagedCache
 from steeple.cache.pages import ChoiceRule, PageChoice
 from steeple.cache.sinks import SinkCopies, Turn
+from steeple.cache.slice import LayerCache
 from steeple.cache.window import Window, WindowBatches
 from steeple.draft.base import Needs, Surroundings
 from steeple.draft.chain import Chain
 from steeple.errors import InternalError
 from steeple.model.accelerate import accelerate
-from steeple.model.decoder import Hidden
+from steeple.model.decoder import Decoder, Hidden
 from steeple.model.run import Runner
+from steeple.model.spire import FeedbackMemory, embedding, keys_values
 from steeple.ops.law import SamplingBatch
 from steeple.request import Request
 from steeple.types import Batch, Draft, SamplingParams
@@ -42,6 +44,22 @@ class Memory(Protocol):
     def write(self, batch: Batch, hidden: Hidden) -> None:
         """Replace the keys and values at the batch's slots."""
         ...
+
+
+class SpireMemory:
+    """Feedback memory (Fan et al. 2020, arXiv 2002.09402): the keys of a position in flight come from a mix of all of
+    its states, once they are known."""
+
+    def __init__(self, decoder: Decoder, memory: FeedbackMemory, layers: LayerCache) -> None:
+        self._decoder, self._memory, self._layers = decoder, memory, layers
+        self.keep: Sequence[int] = range(decoder.config.num_layers)
+
+    def write(self, batch: Batch, hidden: Hidden) -> None:
+        """Stage the memory's keys and values at the batch's slots."""
+        states = [embedding(self._decoder, batch.tokens), *(hidden.kept[layer] for layer in self.keep)]
+        for layer, m_BD in enumerate(self._memory(states)):
+            k_BKH, v_BKH = keys_values(self._decoder, layer, m_BD, batch.positions)
+            self._layers.stage(layer, batch, k_BKH, v_BKH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +169,16 @@ class WindowDrafter:
             tokens = chain.tokens[-1]
 
     def _open(self, ids: list[str], base: Ints, nodes: int) -> None:
-        tables = [self._cache.table(id) for id in ids]
+        tables = [self._table(id, int(at) + nodes) for id, at in zip(ids, base, strict=True)]
         chosen = None if self._choice is None else self._choice.of(ids, self._heads)
         self._windows.open(ids, tables, base, nodes, chosen)
         if self._sinks is not None:
             self._windows.put_sinks(self._sinks.of(ids, tables, self._windows.skipped))
+
+    def _table(self, id: str, length: int) -> Sequence[int]:
+        """Blocks of the request, of ``length`` positions at least where it may write so far."""
+        del length
+        return self._cache.table(id)
 
     @torch.inference_mode()
     def forced_laws(self, request: Request, forced: Ints) -> Tensor:
@@ -224,6 +247,8 @@ def draft_laws(drafter: WindowDrafter, text: Sequence[int], forced: Sequence[int
     cache.reserve(request.id, length)
     span = Span(request.id, 0, request.tokens[:-1], cache.table(request.id))
     batch = make_batch([span], Draft.empty(1), around.block_size, around.device)
-    Runner(around.decoder, cache, around.attention).forward(batch)
     drafter.prepare(cache)
+    hidden = Runner(around.decoder, cache, around.attention).forward(batch, keep=drafter.needs.hidden)
+    request.cached = len(text) - 1
+    drafter.observe([request], batch, [()], hidden)
     return drafter.forced_laws(request, np.array(forced, dtype=np.int64))

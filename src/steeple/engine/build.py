@@ -103,7 +103,7 @@ def build_engine(
         block_size=config.block_size,
         dtype=dtype,
         device=target.device,
-        share_prefixes=config.share_prefixes,
+        share_prefixes=config.share_prefixes and not (built is not None and built.needs.every_row),
         attention=target.attention,
         scratch=target.device.type == "cuda",
     )

@@ -25,7 +25,9 @@ class GenerateConfig:
     prompts: Path = field(metadata={"help": "one prompt a line (.txt), or one JSON object a line (.jsonl)"})
     output: Path = field(metadata={"help": "the .jsonl file to write; an unfinished one is continued"})
     model: str = field(default="demo", metadata={"help": "folder, hub name, or demo"})
-    drafter: str = field(default="ngram", metadata={"help": "none, ngram, small_lm[:DIR], sparse_self, spire[:DIR] or auto-k"})
+    drafter: str = field(
+        default="ngram", metadata={"help": "none, ngram, small_lm[:DIR], sparse_self, spire[:DIR] or auto-k"}
+    )
     k: int | None = field(default=None, metadata={"help": "tokens drafted per round; default: the drafter's own"})
     overwrite: bool = field(default=False, metadata={"help": "start again, whatever the output holds"})
     sampling: SamplingParams = field(default_factory=SamplingParams)

@@ -22,7 +22,9 @@ class DemoConfig:
     """What the demonstration runs: every drafter at every batch size, against plain decoding of the same prompts."""
 
     model: str = field(default="demo", metadata={"help": "folder, hub name or demo"})
-    drafters: tuple[str, ...] = field(default=("ngram", "small_lm", "spire"), metadata={"help": "compared with plain decoding"})
+    drafters: tuple[str, ...] = field(
+        default=("ngram", "small_lm", "spire"), metadata={"help": "compared with plain decoding"}
+    )
     batch: tuple[int, ...] = field(default=(1, 8), metadata={"help": "requests at once"})
     requests: int = field(default=8, metadata={"help": "prompts"})
     context: int = field(default=128, metadata={"help": "tokens per prompt"})

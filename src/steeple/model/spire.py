@@ -85,6 +85,11 @@ class SpireShape:
         return self.target_activations and not self.own_keys
 
     @property
+    def has_drafter(self) -> bool:
+        """Whether the engine runs such drafts; the others are for comparisons in training."""
+        return self.target_activations and not (self.dense and self.own_keys)
+
+    @property
     def sink_pages(self) -> int:
         """Pages at the start of the text that stay visible."""
         return -(-self.sink // self.page)

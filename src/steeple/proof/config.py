@@ -20,7 +20,8 @@ class ProofConfig:
 
     model: str = field(default="demo", metadata={"help": "target: folder, hub name or demo"})
     drafter: tuple[str, ...] = field(
-        default=("ngram", "small_lm"), metadata={"help": "ngram, small_lm[:DIR], sparse_self, spire[:DIR], comma-separated"}
+        default=("ngram", "small_lm"),
+        metadata={"help": "ngram, small_lm[:DIR], sparse_self, spire[:DIR], comma-separated"},
     )
     k: int = field(default=4, metadata={"help": "draft nodes per round"})
     requests: int = field(default=16, metadata={"help": "requests of the greedy proof"})

@@ -205,7 +205,7 @@ class SpireTrainer:
         stream = next(s for s in (self.streams[name] for name in ("held_out", "validation", "train")) if len(s.tokens))
         tokens = torch.from_numpy(stream.tokens[:PARITY_TOKENS].astype(np.int64)).to(self.device)
         # Other drafts are for comparisons in training; no drafter runs them.
-        parity = check_parity(exact, student, tokens) if self.shape.reads_target_cache else None
+        parity = check_parity(exact, student, tokens) if self.shape.has_drafter else None
         del exact
         windows = max(1, FINAL_TOKENS // max(self.config.seq_lens))
         taus: dict[str, Any] = {}
