@@ -19,12 +19,12 @@ from steeple.draft import drafter_config
 from steeple.draft.base import Surroundings
 from steeple.draft.sparse_self import SparseSelfConfig
 from steeple.draft.spire import SpireDraftConfig, check_draft, draft_laws, spire_drafter
+from steeple.draft.spire_model import FeedbackMemory, SpireShape, embedding, keys_values, prune
 from steeple.draft.windowed import WindowDrafter
 from steeple.errors import ConfigError, StorageError
 from steeple.model.decoder import Decoder
 from steeple.model.load import load_decoder
 from steeple.model.save import save_decoder
-from steeple.model.spire import FeedbackMemory, SpireShape, embedding, keys_values, prune
 from steeple.ops.attention import PagedAttention, ReferenceAttention
 from steeple.ops.native_attention import attention_backend
 

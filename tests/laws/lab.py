@@ -17,9 +17,9 @@ from steeple.draft.ngram import NGramConfig
 from steeple.draft.small_lm import SmallLM, SmallLMConfig
 from steeple.draft.sparse_self import SparseSelfConfig
 from steeple.draft.spire import SpireDraftConfig, spire_drafter
+from steeple.draft.spire_model import FeedbackMemory, SpireShape, prune
 from steeple.engine.engine import Engine, EngineParts
 from steeple.model.decoder import Decoder
-from steeple.model.spire import FeedbackMemory, SpireShape, prune
 from steeple.ops.attention import PagedAttention
 from steeple.ops.native_attention import attention_backend
 from steeple.request import Request

@@ -16,10 +16,10 @@ from tiny import VOCAB, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from steeple.convert import ConvertConfig, convert
+from steeple.draft.spire_model import FeedbackMemory, SpireShape
 from steeple.errors import ConfigError, ModelError, StorageError, TokenizerMismatch
 from steeple.model.decoder import Decoder
 from steeple.model.load import load_decoder
-from steeple.model.spire import FeedbackMemory, SpireShape
 from steeple.train import spire as training
 from steeple.train.progress import read_log
 from steeple.train.spire import SpireTrainer, train_spire

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from steeple.draft.spire_model import SpireShape, embedding, keys_values
 from steeple.model.decoder import Decoder
 from steeple.model.load import load_decoder
-from steeple.model.spire import SpireShape, embedding, keys_values
 from steeple.train.spire_forward import Seen, Student, target_forward
 from steeple.train.spire_student import new_student
 

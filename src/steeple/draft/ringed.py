@@ -16,10 +16,10 @@ from steeple.cache.batch import Ints
 from steeple.cache.paged import PagedCache
 from steeple.cache.ring import PageRings
 from steeple.draft.base import Needs, Surroundings
+from steeple.draft.spire_model import FeedbackMemory, embedding, keys_values
 from steeple.draft.windowed import DraftShape, Passes, SpireMemory, View, WindowDrafter
 from steeple.model.decoder import Decoder, Hidden
 from steeple.model.run import Runner
-from steeple.model.spire import FeedbackMemory, embedding, keys_values
 from steeple.request import Request
 from steeple.types import Batch, Draft
 

@@ -20,13 +20,13 @@ from steeple.cache.window import EVERYTHING, Window
 from steeple.draft.base import Drafter, Surroundings
 from steeple.draft.ringed import RingDrafter
 from steeple.draft.sparse_self import check_draft_shape, choice_rule
+from steeple.draft.spire_model import SHAPE_FILE, FeedbackMemory, SpireShape
 from steeple.draft.windowed import DraftShape, Passes, SpireMemory, View, WindowDrafter, draft_laws
 from steeple.errors import ConfigError
 from steeple.model.decoder import Decoder
 from steeple.model.layers import Layer
 from steeple.model.load import load_decoder
 from steeple.model.run import Runner
-from steeple.model.spire import SHAPE_FILE, FeedbackMemory, SpireShape
 from steeple.ops.linear import quantised
 
 __all__ = ["SpireDraftConfig", "check_draft", "draft_laws", "spire_drafter"]

@@ -23,11 +23,11 @@ from steeple.cache.slice import LayerCache
 from steeple.cache.window import Window, WindowBatches
 from steeple.draft.base import Needs, Surroundings
 from steeple.draft.chain import Chain
+from steeple.draft.spire_model import FeedbackMemory, embedding, keys_values
 from steeple.errors import InternalError
 from steeple.model.accelerate import accelerate
 from steeple.model.decoder import Decoder, Hidden
 from steeple.model.run import Runner
-from steeple.model.spire import FeedbackMemory, embedding, keys_values
 from steeple.ops.law import SamplingBatch
 from steeple.request import Request
 from steeple.types import Batch, Draft, SamplingParams

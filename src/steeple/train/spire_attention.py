@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from steeple.config import ModelConfig
-from steeple.model.spire import SpireShape
+from steeple.draft.spire_model import SpireShape
 
 GROUP_ROWS = 48  # query rows that share one stretch of keys
 DENSE_ROWS = 256

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steeple.config import check_range
+from steeple.draft.spire_model import SpireShape
 from steeple.errors import ConfigError
-from steeple.model.spire import SpireShape
 from steeple.train.optim import check_phases, phase_of
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from steeple.draft.spire_model import FeedbackMemory, SpireShape, embedding, keys_values
 from steeple.errors import UnsupportedModel
 from steeple.model.decoder import Decoder
-from steeple.model.spire import FeedbackMemory, SpireShape, embedding, keys_values
 from steeple.train.spire_attention import KV, Blocks, Mask, MemoryPass, OnePass
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from steeple.draft.spire_model import FeedbackMemory, SpireShape, prune
 from steeple.model.decoder import Decoder
 from steeple.model.layers import Attention, Linear
-from steeple.model.spire import FeedbackMemory, SpireShape, prune
 from steeple.train.shape import init_weights
 from steeple.train.spire_forward import Student
 

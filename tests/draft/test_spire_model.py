@@ -11,11 +11,11 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
+from steeple.draft.spire_model import FeedbackMemory, SpireShape, embedding, keys_values, prune
 from steeple.errors import ConfigError, StorageError, WeightError
 from steeple.model.decoder import Decoder
 from steeple.model.layers import Attend
 from steeple.model.load import load_decoder
-from steeple.model.spire import FeedbackMemory, SpireShape, embedding, keys_values, prune
 
 
 @pytest.fixture(scope="module")
