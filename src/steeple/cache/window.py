@@ -86,8 +86,8 @@ class WindowBatches:
         width = int(count.max())
         rows = self._rows
         if rows is None or rows.ids != ids or rows.width < width or rows.heads != heads:
-            rows = self._rows = _Rows(ids, heads, width + 1, self._size, self._device)
-        rows.open(self._tables, _Round(base, apart, first, more, count), chosen)
+            rows = self._rows = _Rows(ids, heads, width + 1, self._size, self._device, strict=self._strict)
+        rows.open(self._tables, _Round(base, apart, first, more, count), nodes, chosen)
 
     @property
     def skipped(self) -> Ints:
@@ -106,7 +106,7 @@ class WindowBatches:
 
     def at(self, depth: int, tokens: Ints) -> Batch:
         """The rows at ``base + depth``, with these tokens, host ``[B]``."""
-        return self._opened.at(depth, tokens, self._strict)
+        return self._opened.at(depth, tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,12 @@ class _Round:
 class _Rows:
     """The memory of the batches of one set of requests. ``heads``: layers and kv heads with tables of their own."""
 
-    def __init__(self, ids: list[str], heads: tuple[int, int], width: int, size: int, device: torch.device) -> None:
+    def __init__(
+        self, ids: list[str], heads: tuple[int, int], width: int, size: int, device: torch.device, *, strict: bool
+    ) -> None:
         B, (L, K) = len(ids), heads
         self.ids, self.heads, self.width, self._size, self._device = ids, heads, width, size, device
+        self._own = 0 if strict else 1  # a row sees its own position
         self._order = np.arange(width)
         self._owner = np.arange(B)
         self._blocks = np.zeros((L, K, B, width), dtype=np.int32)
@@ -154,7 +157,7 @@ class _Rows:
         no_nodes = torch.zeros(0, dtype=torch.int64)
         self._batch = Batch(tuple(ids), tokens, positions, torch.from_numpy(self._slots), layout, no_nodes)
 
-    def open(self, tables: BlockTables, round: _Round, chosen: Chosen | None) -> None:
+    def open(self, tables: BlockTables, round: _Round, nodes: int, chosen: Chosen | None) -> None:
         """Take the pages of a round out of the block tables."""
         order, apart, skipped = self._order, round.apart[:, None], round.skipped[:, None]
         page = np.where(order < apart, order, order + skipped)
@@ -165,24 +168,24 @@ class _Rows:
         if chosen is not None and chosen.pages.shape[3]:
             b, j = np.nonzero(np.arange(chosen.pages.shape[3]) < round.chosen[:, None])
             self._blocks[:, :, b, round.apart[b] + j] = table[b, chosen.pages[:, :, b, j]]
-        self._table, self._base, self._apart = table, round.base, round.apart
-        self.skipped = round.skipped * self._size
+        self._apart, self.skipped = round.apart, round.skipped * self._size
+        # What changes from one forward of the round to the next, for all of them at once, [nodes, B].
+        self._at = round.base + np.arange(nodes)[:, None]
+        self._sees = self._at + (self._own - self.skipped)
+        page = np.minimum(self._at // self._size, tables.width - 1)
+        self._writes = (table[self._owner, page] - page) * self._size + self._at
 
     def put_sinks(self, blocks: Sequence[Sequence[int]]) -> None:
         """See ``WindowBatches.put_sinks``."""
         for b, (own, apart) in enumerate(zip(blocks, self._apart.tolist(), strict=True)):
             self._blocks[:, :, b, :apart] = own[:apart]
 
-    def at(self, depth: int, tokens: Ints, strict: bool) -> Batch:
+    def at(self, depth: int, tokens: Ints) -> Batch:
         """See ``WindowBatches.at``."""
-        position = self._base + depth
-        np.copyto(self._tokens, tokens)
-        np.copyto(self._positions, position)
-        self._positions_32[:] = position
-        np.subtract(position, self.skipped - (not strict), out=self._seen, casting="unsafe")
-        page = position // self._size
-        np.multiply(self._table[self._owner, page] - page, self._size, out=self._slots, casting="unsafe")
-        self._slots += position
+        self._tokens[:] = tokens
+        self._positions[:] = self._positions_32[:] = self._at[depth]
+        self._seen[:] = self._sees[depth]
+        self._slots[:] = self._writes[depth]
         if self._device.type == "cpu":
             return self._batch
         there, batch = self._device, self._batch

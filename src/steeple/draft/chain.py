@@ -18,6 +18,7 @@ from steeple.draft.tree import chain_with_leaves
 from steeple.model.run import Runner
 from steeple.ops.law import Counts, SamplingBatch, argmax, count_text, draw, penalise, probabilities
 from steeple.ops.rng import Stream
+from steeple.ops.sampling import sampler
 from steeple.types import Draft
 
 
@@ -40,6 +41,7 @@ class Chain:
         self._drawn: list[Ints] = []  # per depth: the chains that got a node
         requests, laws = sampling.requests, sampling.laws
         self._device = laws.temperature.device
+        self._native = sampler(runner.decoder.kernels.library)
         self._counts: Counts | None = None
         if laws.penalised:
             texts = [(r.tokens[: r.prompt_len], r.output) for r in requests]
@@ -96,8 +98,13 @@ class Chain:
         else:
             own = self._probs[self._written : self._written + places.shape[0]]
             self._written += places.shape[0]
-            probabilities(logits_RV, laws, owner, out=own)
-            drawn = draw(own, torch.from_numpy(self._uniform[depth][places]).to(self._device))
+            u = self._uniform[depth] if places is self._everyone else self._uniform[depth][places]
+            if self._native is not None and self._native.serves(laws, logits_RV):
+                temperature = laws.temperature if places is self._everyone else laws.temperature[owner]
+                drawn = self._native.draw(logits_RV, temperature, u, own)
+            else:
+                probabilities(logits_RV, laws, owner, out=own)
+                drawn = draw(own, torch.from_numpy(u).to(self._device))
         if self._counts is not None:
             self._counts.add(owner, drawn)
         return drawn

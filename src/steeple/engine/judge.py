@@ -14,6 +14,7 @@ from torch import Tensor
 from steeple.model.decoder import Hidden
 from steeple.model.run import Runner
 from steeple.ops.law import Counts, SamplingBatch, count_text, penalise
+from steeple.ops.sampling import sampler
 from steeple.request import Request, TokenLogprob
 from steeple.types import Batch, Draft, Verdict
 from steeple.verify import verify, verify_choice
@@ -39,6 +40,7 @@ class Judge:
         self._runner = runner
         self._vocab = runner.decoder.config.vocab_size
         self._sampling = SamplingBatch.of(())
+        self._native = sampler(runner.decoder.kernels.library)
 
     def judge(
         self, batch: Batch, requests: list[Request], places: Sequence[int], draft: Draft, hidden: Hidden
@@ -69,7 +71,7 @@ class Judge:
         raw_RV = self._runner.logits(hidden_RD)
         logits_RV = self._penalised(raw_RV, sampling, batch, draft) if laws.penalised else raw_RV
         counter = np.fromiter(map(len, requests), np.int64, len(requests))
-        verdict = verify(logits_RV, draft, laws, sampling.generators, counter)
+        verdict = verify(logits_RV, draft, laws, sampling.generators, counter, self._native)
         judgement = _as_lists(verdict, draft)
         if sampling.logprobs:
             cu = verdict.cu.tolist()

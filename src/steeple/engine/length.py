@@ -20,7 +20,8 @@ from steeple.request import Request
 LADDER = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 FIRST_TRIED = 4
 REMEMBERED = 5  # times kept of each depth; their median counts
-STALE = 48  # rounds until plain decoding, or while it is chosen the best draft, is tried again
+SURE = 3  # times of a depth before it is believed: a single one may have met a busy machine
+STALE = 32  # rounds until plain decoding, or while it is chosen the best draft, is tried again
 MARGIN = 1.02  # a change of depth must promise this much
 HOPELESS = 0.8  # a draft that promises less than this share of plain decoding is tried half as often each time
 FADE = 0.98  # of what is known of acceptance, per round
@@ -99,13 +100,16 @@ class GoodputLengths:
         self._here.depth = self._choose(len(ready))
 
     def _choose(self, batch: int) -> int:
-        here = self._here
-        first = min(FIRST_TRIED, self._depths[-1])
+        here, first = self._here, min(FIRST_TRIED, self._depths[-1])
         for depth in (0, first):
             if depth not in here.seconds:
                 return depth
         times, tokens = here.curve(self._depths), self._expected()
         rates = [e / t for e, t in zip(tokens, times, strict=True)]
+        hopeless = rates[self._depths.index(first)] < HOPELESS * rates[0]
+        for depth in (0,) if hopeless else (0, first):
+            if len(here.seconds[depth]) < SURE:
+                return depth
         best = int(np.argmax(rates))
         if here.depth in self._depths and rates[best] < MARGIN * rates[self._depths.index(here.depth)]:
             best = self._depths.index(here.depth)

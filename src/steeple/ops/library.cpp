@@ -2,6 +2,7 @@
 // interface is in attention.cpp. Nothing here knows torch: pointers in, numbers out.
 #include "attention.cpp"
 #include "forward.h"
+#include "sampling.h"
 
 extern "C" {
 
@@ -41,6 +42,39 @@ int steeple_forward(const forward::Model* model, const forward::Step* step) {
     } catch (const std::bad_alloc&) {
         return attention::NO_MEMORY;
     }
+}
+
+// Rows worth a thread of their own: a row of some thousand entries takes microseconds.
+static int64_t samplers(int64_t rows, int64_t vocab, int64_t threads) {
+    return std::max<int64_t>(1, std::min<int64_t>(threads, rows * vocab >> 15));
+}
+
+// tokens [rows]: drawn with uniform [rows] from softmax(logits / temperature), float32 [rows, vocab], left in `laws`.
+void steeple_draw(const float* logits, int64_t rows, int64_t vocab, const float* temperature, const double* uniform,
+                  float* laws, int64_t* tokens, int64_t threads, team::Run run, team::Size size) {
+    threads = samplers(rows, vocab, threads);
+    std::atomic<int64_t> next{0};
+    team::parallel(
+        [&](int, int) {
+            for (int64_t r; (r = next.fetch_add(1)) < rows;)
+                tokens[r] = sampling::draw(logits + r * vocab, vocab, temperature[r], uniform[r], laws + r * vocab);
+        },
+        threads, run, size);
+}
+
+// See sampling::Chains. kept, final [requests].
+void steeple_judge(const float* logits, const int64_t* cu, const int64_t* tokens, const int64_t* rows, const float* laws,
+                   const float* temperature, const double* accept, const double* last, int64_t requests, int64_t vocab,
+                   int64_t* kept, int64_t* final, int64_t threads, team::Run run, team::Size size) {
+    const sampling::Chains chains{logits, cu, tokens, rows, laws, temperature, accept, last, requests, vocab};
+    threads = samplers(cu[requests] + requests, vocab, threads);
+    std::atomic<int64_t> next{0};
+    team::parallel(
+        [&](int, int) {
+            std::unique_ptr<float[]> room(new float[vocab]);
+            for (int64_t b; (b = next.fetch_add(1)) < requests;) sampling::judge(chains, b, kept, final, room.get());
+        },
+        threads, run, size);
 }
 
 int steeple_head(const forward::Model* model, const char* hidden, int64_t rows, float* logits, int64_t* best,

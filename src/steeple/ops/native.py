@@ -33,6 +33,7 @@ SOURCES = (
     "forward.h",
     "gemm.h",
     "norm.h",
+    "sampling.h",
     "simd.h",
     "team.h",
 )

@@ -12,22 +12,33 @@ from torch import Tensor
 
 from steeple.ops.law import Laws, argmax, probabilities
 from steeple.ops.rng import Generators
+from steeple.ops.sampling import NativeSampler
 from steeple.types import Draft, Verdict
-from steeple.verify.chains import greedy_chains, reject_chains
+from steeple.verify.chains import greedy_chains, reject_chains, reject_chains_natively
 from steeple.verify.greedy import Greedy
 from steeple.verify.rejection import Rejection
 from steeple.verify.walk import Rule, walk
 
 
-def verify(logits_RV: Tensor, draft: Draft, laws: Laws, generators: Generators, counter: NDArray[np.int64]) -> Verdict:
+def verify(
+    logits_RV: Tensor,
+    draft: Draft,
+    laws: Laws,
+    generators: Generators,
+    counter: NDArray[np.int64],
+    native: NativeSampler | None = None,
+) -> Verdict:
     """Judge a draft by the target's (penalised) logits, by choice where all is greedy, else by rejection.
 
     Args:
         logits_RV: float32 rows: the root of each request and its nodes.
         generators, counter: the requests' random numbers and the lengths of their texts, ``[B]``.
+        native: judges chains in one call, where it can.
     """
     if laws.all_greedy:
         return verify_choice(argmax(logits_RV), draft)
+    if native is not None and draft.chain and native.serves(laws, logits_RV):
+        return reject_chains_natively(draft, logits_RV, laws.temperature, native, generators, counter)
     owner = np.arange(counter.shape[0])
     if draft.tokens.shape[0]:
         owner = np.repeat(owner, draft.counts.numpy() + 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steeple.ops.law import draw
 from steeple.ops.rng import Generators, Stream
+from steeple.ops.sampling import NativeSampler
 from steeple.types import Draft, Verdict
 from steeple.verify.rejection import residual
 
@@ -85,6 +86,33 @@ def reject_chains(draft: Draft, probs_RV: Tensor, generators: Generators, counte
     inner = np.ones(rows.shape[0], dtype=bool)
     inner[offsets[1:] - 1] = False
     tokens[inner] = draft.tokens.cpu().numpy()[nodes]
+    return Verdict(tokens, offsets, nodes, rows)
+
+
+def reject_chains_natively(
+    draft: Draft,
+    logits_RV: Tensor,
+    temperature_B: Tensor,
+    native: NativeSampler,
+    generators: Generators,
+    counter: Ints,
+) -> Verdict:
+    """``reject_chains`` in one call, from logits. ``temperature_B``: of each request, none of them 0."""
+    cu = draft.cu.numpy()
+    B, N = cu.shape[0] - 1, int(cu[-1])
+    u_final = generators.uniform(counter, Stream.FINAL)
+    u = u_final
+    if N:
+        owner = np.repeat(np.arange(B), cu[1:] - cu[:-1])
+        u = generators.uniform(counter[owner], Stream.ACCEPT, np.arange(N) - cu[owner], owner)
+    kept, final = native.judge(logits_RV, draft, temperature_B, u, u_final)
+    rows, offsets = _runs(cu[:-1] + np.arange(B), kept + 1)
+    nodes, _ = _runs(cu[:-1], kept)
+    tokens = np.empty(rows.shape[0], dtype=np.int64)
+    inner = np.ones(rows.shape[0], dtype=bool)
+    inner[offsets[1:] - 1] = False
+    tokens[offsets[1:] - 1] = final
+    tokens[inner] = draft.tokens.numpy()[nodes]
     return Verdict(tokens, offsets, nodes, rows)
 
 
