@@ -113,7 +113,11 @@ def test_keys_stay_the_targets_and_all_else_moves(place: Path, straight: SpireCo
 @pytest.mark.parametrize("changes", [{"own_keys": True}, {"target_activations": False}])
 def test_keys_of_a_draft_that_makes_its_own_are_trained(place: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     config = settings(place, tmp_path, tokens=2 * BATCH, **changes)
-    assert train_spire(config)["parity"] is None
+    parity = train_spire(config)["parity"]
+    assert (parity is None) == (not config.target_activations), (
+        "of the two, the engine runs the one with keys of its own"
+    )
+    assert parity is None or parity < 1e-4
     ours, theirs = stored(config.out), stored(place / "target")
     assert not torch.equal(
         ours["model.layers.1.self_attn.k_proj.weight"], theirs["model.layers.3.self_attn.k_proj.weight"]
@@ -251,7 +255,7 @@ def test_a_qwen3_target_in_bfloat16(place: Path, tmp_path: Path) -> None:
     ready = settings(place, tmp_path, target=tmp_path / "target", layers=0, tokens=3 * BATCH)
     record = train_spire(ready)
     assert record["parity"] < 1e-5
-    assert record["spire"]["target_layers"] == [3]
+    assert record["shape"]["target_layers"] == [3]
     ours, theirs = stored(ready.out), stored(tmp_path / "target")
     assert {value.dtype for value in ours.values()} == {torch.bfloat16}
     for part in ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm", "input_layernorm"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from steeple.cli.app import TRAIN
 from steeple.cli.bridge import Look
 from steeple.cli.shell import Shell, command
 from steeple.train.spire import train_spire
@@ -18,4 +17,9 @@ def run(config: SpireConfig, shell: Shell) -> dict[str, Any]:
     return result
 
 
-app = command(SpireConfig, run, help=TRAIN["spire"][1], look=Look(short={"out": "-o"}, file=True))
+app = command(
+    SpireConfig,
+    run,
+    help="Train a draft that reads its target's cache; resumable.",
+    look=Look(short={"out": "-o"}, file=True),
+)

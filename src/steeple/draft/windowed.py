@@ -235,9 +235,12 @@ def draft_laws(drafter: WindowDrafter, text: Sequence[int], forced: Sequence[int
     """
     around, request = drafter.around, Request("parity", list(text), SamplingParams())
     length = len(text) + len(forced)
+    view = drafter._view.window
+    seen = min(view.sink, length) + min(view.window, around.decoder.config.max_context) + len(forced)
     cache = PagedCache(
         around.decoder.config,
-        blocks=-(-length // around.block_size),
+        # A draft with a cache of its own gets as many blocks, and needs them for all that it sees.
+        blocks=-(-length // around.block_size) + seen // around.block_size + 4,
         block_size=around.block_size,
         dtype=around.dtype,
         device=around.device,

@@ -21,7 +21,7 @@ LADDER = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 FIRST_TRIED = 4
 REMEMBERED = 5  # times kept of each depth; their median counts
 SURE = 3  # times of a depth before it is believed: a single one may have met a busy machine
-STALE = 32  # rounds until plain decoding, or while it is chosen the best draft, is tried again
+STALE = 48  # rounds until plain decoding, or while it is chosen the best draft, is tried again
 MARGIN = 1.02  # a change of depth must promise this much
 HOPELESS = 0.8  # a draft that promises less than this share of plain decoding is tried half as often each time
 FADE = 0.98  # of what is known of acceptance, per round
@@ -53,11 +53,14 @@ class _Times:
     tried: dict[int, int] = field(default_factory=dict)  # round of the last try
     wait: int = STALE
     depth: int = 0
+    before: int = -1  # depth of the round before
     round: int = 0
 
     def note(self, seconds: float) -> None:
-        self.seconds.setdefault(self.depth, deque(maxlen=REMEMBERED)).append(seconds)
-        self.tried[self.depth] = self.round
+        # The first round at another depth is slower than those that follow it: other shapes, cold caches.
+        if self.depth == self.before:
+            self.seconds.setdefault(self.depth, deque(maxlen=REMEMBERED)).append(seconds)
+            self.tried[self.depth] = self.round
 
     def curve(self, depths: Sequence[int]) -> list[float]:
         """Expected seconds at each depth: medians of what was measured, straight lines between and beyond."""
@@ -96,20 +99,21 @@ class GoodputLengths:
         mean = sum(map(len, ready)) / len(ready)
         key = (round(2 * math.log2(len(ready))), round(2 * math.log2(mean)))
         self._here = self._times.setdefault(key, _Times())
-        self._here.round += 1
-        self._here.depth = self._choose(len(ready))
+        here = self._here
+        here.round, here.before = here.round + 1, here.depth if here.round else -1
+        here.depth = self._choose(len(ready))
 
     def _choose(self, batch: int) -> int:
         here, first = self._here, min(FIRST_TRIED, self._depths[-1])
-        for depth in (0, first):
-            if depth not in here.seconds:
-                return depth
+        if len(here.seconds.get(0, ())) < SURE:
+            return 0
+        if first not in here.seconds:
+            return first
         times, tokens = here.curve(self._depths), self._expected()
         rates = [e / t for e, t in zip(tokens, times, strict=True)]
         hopeless = rates[self._depths.index(first)] < HOPELESS * rates[0]
-        for depth in (0,) if hopeless else (0, first):
-            if len(here.seconds[depth]) < SURE:
-                return depth
+        if len(here.seconds[first]) < SURE and not hopeless:
+            return first
         best = int(np.argmax(rates))
         if here.depth in self._depths and rates[best] < MARGIN * rates[self._depths.index(here.depth)]:
             best = self._depths.index(here.depth)
@@ -126,7 +130,8 @@ class GoodputLengths:
         drafted = 1 + int(np.argmax(rates[1:]))
         if round - max(t for d, t in here.tried.items() if d) <= here.wait:
             return 0
-        here.wait = here.wait * 2 if rates[drafted] < HOPELESS * rates[0] else STALE
+        if here.before == self._depths[drafted]:  # the second round of the try, the one that counts
+            here.wait = here.wait * 2 if rates[drafted] < HOPELESS * rates[0] else STALE
         return self._depths[drafted]
 
     def _estimate(self) -> list[float]:

@@ -169,7 +169,7 @@ def _record(config: SpireConfig, student: Student, progress: dict[str, Any]) -> 
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "command": command(config, "steeple train spire"),
         "target": config.target.resolve().name,
-        "spire": {**asdict(student.shape), "target_layers": list(student.shape.target_layers)},
+        "shape": {**asdict(student.shape), "target_layers": list(student.shape.target_layers)},
         "memory_mix": mix,
         "parameters": sum(p.numel() for p in student.draft.parameters()),
         "body_parameters": student.draft.config.body_parameters(),
@@ -186,7 +186,7 @@ def _record(config: SpireConfig, student: Student, progress: dict[str, Any]) -> 
 
 def spire_card(record: dict[str, Any]) -> str:
     """The model card of a training record, in Markdown."""
-    settings, spire = record["settings"], record["spire"]
+    settings, spire = record["settings"], record["shape"]
     return CARD.format(
         **{k: record[k] for k in ("target", "parameters", "body_parameters", "data", "tokens", "steps", "hardware")},
         layers=len(spire["target_layers"]),
@@ -242,8 +242,8 @@ def _memory(record: dict[str, Any]) -> str:
 
 def _begin(record: dict[str, Any]) -> str:
     if record["settings"]["random_init"]:
-        return "Random weights to begin with" + (", but for the keys' and values'." if _reads(record["spire"]) else ".")
-    layers = record["spire"]["target_layers"]
+        return "Random weights to begin with" + (", but for the keys' and values'." if _reads(record["shape"]) else ".")
+    layers = record["shape"]["target_layers"]
     return f"Begun from the target's last {len(layers)} of {record['target_layers']} layers, embedding and head."
 
 
