@@ -64,7 +64,9 @@ DROP_FIRST = Defect(
 SAME_NODE = Defect(Rejection, "accept", "node - self._first[request]", "0")
 SAME_NODE_OF_CHAINS = Defect(steeple.verify, "reject_chains", "np.arange(N) - cu[owner]", "np.arange(N) * 0")
 SAME_ROUND = Defect(steeple.engine.judge, "verify", "from_numpy(counter)", "from_numpy(counter * 0)")
-SAME_ROUND_OF_CHAINS = Defect(steeple.engine.judge, "verify", "generators, counter)", "generators, counter * 0)")
+SAME_ROUND_OF_CHAINS = Defect(
+    steeple.engine.judge, "verify", "probs_RV, generators, counter)", "probs_RV, generators, counter * 0)"
+)
 TRIM = Defect(PagedCache, "commit", "if node != depth:", "if False:")
 CU_OF_JUDGE = Defect(steeple.engine.judge, "_as_lists", "node - base", "node - base - 1")
 DEAF = Defect(steeple.verify.chains, "leading", "np.flatnonzero(~kept_N)", "np.flatnonzero(~kept_N)[1:]")

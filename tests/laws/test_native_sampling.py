@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from checks import ENUMERATED, PROCESSORS, PROMPT, SMALL, SMALL_BAD, exact_law
 from exact import check_sample
-from lab import CPU, CacheKind, make_engine, make_requests, run
+from lab import CPU, CacheKind, drafters, make_engine, make_requests, run
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from steeple.ops.sampling import NativeSampler
 from steeple.types import Draft
 
 pytestmark = pytest.mark.skipif(library_path("cpu") is None, reason="no native library here")
-ROWS = ("none", "ngram", "small_lm", "small_lm_self", "ragged", "sparse_self", "spire", "spire_memory", "two_drafters")
+ROWS = ("none", "ngram", "small_lm", "small_lm_self", "sparse_self", "spire", "spire_memory")
 Floats = NDArray[np.float64]
 
 
@@ -37,7 +37,8 @@ def check(row: str, processors: tuple[str, ...] = ("temperature", "penalties"), 
     each = [replace(PROCESSORS[name], max_tokens=ENUMERATED + 3, seed=i) for i, name in enumerate(names)]
     requests = make_requests([PROMPT] * len(each), each)
     cache = CacheKind(blocks=20_000, block_size=4)
-    engine = make_engine(row, cache, target=packed(False), bad=packed(True), batch_size=5000)
+    build = drafters(SMALL, packed(True))[row]
+    engine = make_engine(build, cache, target=packed(False), batch_size=5000)
     run(engine, requests)
     for name in processors:
         outputs = [r.output.tolist() for r, own in zip(requests, names, strict=True) if own == name]

@@ -87,9 +87,9 @@ class LMConfig:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ConfigError(f"LMConfig.shape = {self.shape!r} is unknown. {did_you_mean(self.shape, SHAPES)}")
-        check_phases("LMConfig", self.seq_lens, self.shares, self.batch_tokens)
         for length in self.seq_lens:
             check_range("LMConfig", "seq_lens", length, 2, SHAPES[self.shape].context)
+        check_phases("LMConfig", self.seq_lens, self.shares, self.batch_tokens)
         for name in ("tokens", "batch_tokens", "micro_tokens", "save_every", "validate_every", "validate_windows"):
             check_range("LMConfig", name, getattr(self, name), 1, 1e15)
         check_range("LMConfig", "warmup", self.warmup, 0, 1e9)

@@ -42,7 +42,7 @@ library_name: steeple
 ---
 # SPIRe draft of {target}
 
-A draft model for lossless speculative decoding with {target} as the target: {parameters:,} parameters
+A draft model for lossless speculative decoding of the model `{target}`: {parameters:,} parameters
 ({body_parameters:,} in its {layers} layers), trained with `steeple train spire`. {keys}
 It is of no use without its target.
 
