@@ -22,7 +22,7 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/pip install --quiet --editable ".[dev,triton]"
 	$(BIN)/python -m pytest -m "not gpu"
-	$(BIN)/steeple verify --model demo --drafter ngram,small_lm
+	$(BIN)/steeple verify --model demo --drafter ngram,small_lm,sparse_self,spire
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests bench

@@ -56,7 +56,7 @@ def test_it_comes_near_the_best_depth(chance: float, slope: float) -> None:
 
     depths, tokens, total = play(seconds, chance)
     best = max(rate(seconds, chance, depth) for depth in (0, 1, 2, 3, 4, 6, 8))
-    assert tokens / 8 / total > 0.88 * best
+    assert tokens / 8 / total > 0.9 * best
     plain = rate(seconds, chance, 0)
     assert tokens / 8 / total > 0.97 * plain, "slower than plain decoding"
     assert len(set(depths)) > 1, "nothing was ever tried"
@@ -66,7 +66,7 @@ def test_a_draft_that_never_pays_is_tried_less_and_less() -> None:
     depths, _, _ = play(lambda depth: 1.0 + 3.0 * depth, 0.2)
     tried = [i for i, depth in enumerate(depths) if depth]
     assert tried[0] <= 4
-    assert len(tried) <= 14
+    assert len(tried) <= 8
     waits = [int(gap) for gap in np.diff(tried) if gap > 1]
     assert waits == sorted(waits)
     assert waits[-1] > 1.8 * waits[0]
@@ -74,7 +74,7 @@ def test_a_draft_that_never_pays_is_tried_less_and_less() -> None:
 
 def test_plain_rounds_are_timed_again_while_drafting_pays() -> None:
     depths, _, _ = play(lambda depth: 1.0 + 0.01 * depth, 0.9)
-    assert 2 <= depths.count(0) <= ROUNDS / 20
+    assert 2 <= depths.count(0) <= ROUNDS / 22
 
 
 def test_a_change_of_times_is_noticed() -> None:

@@ -6,7 +6,8 @@ How the depth is chosen: ``steeple.engine.length``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from steeple.cache.paged import PagedCache
@@ -17,7 +18,8 @@ from steeple.model.decoder import Hidden
 from steeple.request import Request
 from steeple.types import MAX_NODES, Batch, Draft
 
-Make = Callable[..., DrafterConfig | None]
+log = logging.getLogger(__name__)
+
 PREFERRED = ("spire", "small_lm", "sparse_self")
 
 
@@ -46,9 +48,10 @@ class AutoKConfig:
                 raise ConfigError("auto-k: model = 'none' leaves nothing to choose; name a drafter.")
             try:
                 return config.build(around)
-            except ConfigError:
+            except ConfigError as error:
                 if self.model or name == PREFERRED[-1]:
                     raise
+                log.info("auto-k goes on without %s: %s", name, error)
         raise ConfigError("auto-k: there is no drafter to choose from")
 
 
