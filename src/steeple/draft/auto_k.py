@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from steeple.cache.paged import PagedCache
 from steeple.config import check_range
-from steeple.draft.base import Drafter, DrafterConfig, Needs, Surroundings
+from steeple.draft.base import Drafter, Needs, Surroundings
 from steeple.errors import ConfigError
 from steeple.model.decoder import Hidden
 from steeple.request import Request
