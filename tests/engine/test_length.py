@@ -56,7 +56,7 @@ def test_it_comes_near_the_best_depth(chance: float, slope: float) -> None:
 
     depths, tokens, total = play(seconds, chance)
     best = max(rate(seconds, chance, depth) for depth in (0, 1, 2, 3, 4, 6, 8))
-    assert tokens / 8 / total > 0.9 * best
+    assert tokens / 8 / total > 0.96 * best
     plain = rate(seconds, chance, 0)
     assert tokens / 8 / total > 0.97 * plain, "slower than plain decoding"
     assert len(set(depths)) > 1, "nothing was ever tried"
@@ -74,7 +74,7 @@ def test_a_draft_that_never_pays_is_tried_less_and_less() -> None:
 
 def test_plain_rounds_are_timed_again_while_drafting_pays() -> None:
     depths, _, _ = play(lambda depth: 1.0 + 0.01 * depth, 0.9)
-    assert 2 <= depths.count(0) <= ROUNDS / 22
+    assert 2 <= depths.count(0) <= ROUNDS / 40
 
 
 def test_a_change_of_times_is_noticed() -> None:
@@ -108,6 +108,25 @@ def test_requests_that_accept_little_get_fewer_nodes() -> None:
         given.append(budget)
     good, bad = np.mean(given[40:], axis=0)
     assert good > 2 * bad + 1
+
+
+def test_a_request_out_of_luck_is_not_given_up() -> None:
+    """Rounds without a draft are no evidence against it, and now and then it is tried again."""
+    batch, lengths = [ready("lucky"), ready("unlucky")], GoodputLengths(8)
+    rng = np.random.default_rng(3)
+    given: list[list[int]] = []
+    for round in range(300):
+        lengths.begin(batch)
+        budget = [lengths(r) for r in batch]
+        kept = [int(np.cumprod(rng.random(n) < 0.8).sum()) for n in budget]
+        if round < 30:
+            kept[1] = 0
+        for request, n, accepted in zip(batch, budget, kept, strict=True):
+            request.stats.record(n, n, accepted)
+        lengths.learn(budget, kept, 1.0 + 0.2 * max(budget))
+        given.append(budget)
+    assert min(n for _, n in given[20:31]) < min(n for n, _ in given[20:31]), "bad luck was not noticed"
+    assert np.mean([n for _, n in given[250:]]) > 0.9 * np.mean([n for n, _ in given[250:]])
 
 
 def test_another_batch_or_context_is_measured_anew() -> None:

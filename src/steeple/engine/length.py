@@ -15,18 +15,27 @@ from typing import Protocol
 
 import numpy as np
 
-from steeple.request import Request
+from steeple.request import Request, SpeculationStats
 
 LADDER = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 FIRST_TRIED = 4
 REMEMBERED = 5  # times kept of each depth; their median counts
 SURE = 3  # times of a depth before it is believed: a single one may have met a busy machine
 STALE = 48  # rounds until plain decoding, or while it is chosen the best draft, is tried again
+CLEAR, RARELY = 1.25, 4 * STALE  # a draft that gains so much leaves plain decoding alone for so many rounds
 MARGIN = 1.02  # a change of depth must promise this much
 HOPELESS = 0.8  # a draft that promises less than this share of plain decoding is tried half as often each time
 FADE = 0.98  # of what is known of acceptance, per round
 PRIOR, PRIOR_WEIGHT = 0.7, 4.0
 CERTAIN, MUCH_WORSE = 8, 0.6  # a request's own acceptance counts after so many rounds, if it is below this share of all
+
+
+def _tried(stats: SpeculationStats) -> int:
+    """Nodes whose turn came: those of depth 0, and those whose parent was accepted."""
+    if not stats.proposed_at:
+        return 0
+    deeper = zip(stats.accepted_at, stats.proposed_at[1:], strict=False)
+    return stats.proposed_at[0] + sum(min(reached, proposed) for reached, proposed in deeper)
 
 
 class Lengths(Protocol):
@@ -126,7 +135,8 @@ class GoodputLengths:
         """Now and then a round of what is not chosen, so that the choice rests on recent times."""
         here, round = self._here, self._here.round
         if depth:
-            return 0 if round - here.tried[0] > STALE else depth
+            gain = rates[self._depths.index(depth)] / rates[0]
+            return 0 if round - here.tried[0] > (RARELY if gain > CLEAR else STALE) else depth
         drafted = 1 + int(np.argmax(rates[1:]))
         if round - max(t for d, t in here.tried.items() if d) <= here.wait:
             return 0
@@ -151,11 +161,14 @@ class GoodputLengths:
         """The round's depth, less the nodes that this request is unlikely to reach."""
         depth = self._here.depth
         stats = request.stats
-        if not depth or stats.rounds < CERTAIN:
+        # A request whose drafts were cut gives no more evidence, so now and then it gets a whole one.
+        if not depth or stats.rounds < CERTAIN or stats.rounds % STALE == 0:
             return depth
-        seen = stats.accepted + stats.rounds + CERTAIN
-        ratio = (stats.accepted + CERTAIN * self._typical) / seen / self._typical
-        if ratio > MUCH_WORSE:
+        tried = _tried(stats) + CERTAIN
+        share = (stats.accepted + CERTAIN * self._typical) / tried
+        likely = share + math.sqrt(share * (1 - share) / tried)  # at most this, but for bad luck
+        ratio = share / self._typical
+        if likely > MUCH_WORSE * self._typical:
             return depth
         kept = 0
         while kept < depth and self._survival[kept] * ratio ** (kept + 1) >= self._row_cost:
