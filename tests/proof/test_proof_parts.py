@@ -17,7 +17,7 @@ from steeple.errors import ConfigError, StorageError
 from steeple.ops.law import Counts, Laws, count_text, penalise, probabilities
 from steeple.proof import prompts as proof_prompts
 from steeple.proof.config import ProofConfig
-from steeple.proof.law import exact_law, processed_law
+from steeple.proof.law import REST, ExactLaw, exact_law, processed_law
 from steeple.proof.prompts import RANDOM, prompt_pool, ragged, sampling_prompts
 from steeple.proof.statistics import Fit, combine, fit
 from steeple.types import SamplingParams
@@ -137,6 +137,23 @@ def test_the_joint_law_is_the_product_along_every_branch(target: LoadedModel) ->
             best = row.topk(2)
             expected *= float(best.values.softmax(-1)[best.indices.tolist().index(token)])
         assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_unlikely_branches_are_one_outcome_of_their_path(target: LoadedModel) -> None:
+    params, least = SamplingParams(temperature=0.7), 0.02
+    whole = exact_law(target, [5, 6, 7, 8], params, 2, rounding=0.0)
+    assert len(whole.probabilities) == VOCAB**2
+    assert whole.stable
+    law = exact_law(target, [5, 6, 7, 8], params, 2, rounding=0.0, least=least)
+    rest = [run for run in law.probabilities if run[-1] == REST]
+    assert {len(run) for run in rest} == {1, 2}
+    assert len(law.probabilities) > len(rest)
+    added = dict.fromkeys(law.probabilities, 0.0)
+    for run, value in whole.probabilities.items():
+        added[law.outcome(run)] += value
+    assert added == pytest.approx(law.probabilities, abs=1e-9)
+    assert all(value >= least for run, value in law.probabilities.items() if run[-1] != REST)
+    assert ExactLaw({(1, 2): 1.0}, True).outcome((1, 3)) == (1, 3)
 
 
 def test_a_filter_that_cuts_within_rounding_is_not_stable(target: LoadedModel) -> None:

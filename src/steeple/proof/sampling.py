@@ -30,8 +30,11 @@ AT_ONCE = 256
 CANDIDATES = 6  # prompts tried for a law whose filters do not cut within rounding
 ROUNDING = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}  # of a logit, from one batch to another
 
+LEAST = 2e-3  # an unfiltered law has too many outcomes to count; those less likely are counted together
+
 # Few outcomes, so that the samples suffice to see small errors in each.
 CASES = {
+    "temperature alone": SamplingParams(temperature=0.8),
     "top_k": SamplingParams(temperature=1.0, top_k=3),
     "filters and penalties": SamplingParams(
         temperature=1.2,
@@ -91,7 +94,8 @@ def prepare_cases(config: ProofConfig, target: LoadedModel, pool: PromptPool) ->
         tried: list[Case] = []
         prompts = sampling_prompts(target, pool, params, BLOCK)
         for prompt in [p for p in prompts if len(p) <= longest][:CANDIDATES]:
-            law = exact_law(target, prompt, params, TOKENS, rounding=ROUNDING[config.dtype])
+            least = 0.0 if params.top_k else LEAST
+            law = exact_law(target, prompt, params, TOKENS, rounding=ROUNDING[config.dtype], least=least)
             tried.append(Case(name, params, prompt, law))
             if law.stable:
                 break
@@ -153,7 +157,7 @@ def _sample(
             request = committed.request
             if request.written < TOKENS:
                 continue
-            counts[tuple(request.output[:TOKENS].tolist())] += 1
+            counts[case.law.outcome(tuple(request.output[:TOKENS].tolist()))] += 1
             drafted += request.stats.drafted > 0
             nodes += request.stats.drafted
             accepted += request.stats.accepted
