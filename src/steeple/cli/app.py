@@ -16,15 +16,21 @@ COMMANDS = {
     "demo": ("steeple.cli.demo", "Generate real prompts twice, plainly and speculatively, and compare."),
     "generate": ("steeple.cli.generate", "Complete a file of prompts, faster and with the same tokens."),
     "bench": ("steeple.cli.bench", "Measure drafters against plain decoding, in one process."),
+    "plan": ("steeple.cli.plan", "Say what pays for a model on a machine before anything is tried."),
     "verify": ("steeple.cli.verify", "Prove on this machine that speculation changes nothing."),
     "convert": ("steeple.cli.convert", "Turn a GGUF or llama2.c checkpoint into a Hugging Face folder."),
 }
 TRAIN = {
     "lm": ("steeple.cli.train", "Train a language model from scratch; resumable."),
     "spire": ("steeple.cli.train_spire", "Train a draft that reads its target's cache; resumable."),
+    "laws": ("steeple.cli.train_laws", "Train a grid of drafts, sizes by tokens, for scaling laws; resumable."),
 }
 BENCH = {"step": ("steeple.cli.bench_step", "Time one step, part by part, against the machine's floor.")}
-BELOW = {"bench": BENCH}
+PLAN = {
+    "fleet": ("steeple.cli.plan_fleet", "Simulate a serving fleet: GPUs, latencies and cost, with and without drafters."),
+    "laws": ("steeple.cli.plan_laws", "Fit scaling laws of drafters to a table of runs; say what to train next."),
+}
+BELOW = {"bench": BENCH, "plan": PLAN}
 """Commands that are one by themselves and have others below them."""
 
 

@@ -15,6 +15,7 @@ from steeple.cli.app import COMMANDS
 from steeple.cli.bridge import Look
 from steeple.cli.shell import Shell, command
 from steeple.jobs import GenerateConfig, Progress, run_generate
+from steeple.plan.memory_units import show_bytes
 
 
 class LiveColumn(ProgressColumn):
@@ -76,6 +77,10 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("seconds", f"{summary['seconds']:.2f} and {summary['load_seconds']:.2f} to load"),
         ("drafting, verifying", f"{summary['draft_seconds']:.2f} s, {summary['verify_seconds']:.2f} s"),
     ]
+    memory = summary["memory"]
+    if memory["budget_bytes"]:
+        rows.append(("memory", f"{show_bytes(memory['most_bytes'])} of {show_bytes(memory['budget_bytes'])} at most"))
+    rows += [("given up for memory", what) for what in memory["sacrificed"]]
     counts = (("from an earlier run", "resumed"), ("errors", "errors"), ("preemptions", "preemptions"))
     return rows + [(name, str(summary[key])) for name, key in counts if summary[key]]
 

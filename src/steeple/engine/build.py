@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,32 @@ import torch
 
 from steeple import hf
 from steeple.cache.paged import PagedCache
-from steeple.draft.base import DrafterConfig, Surroundings
+from steeple.draft.base import Drafter, DrafterConfig, Surroundings
 from steeple.engine.config import EngineConfig
 from steeple.engine.engine import Engine, EngineParts
+from steeple.engine.memory import (
+    MOST_REQUESTS,
+    TOLERANCE,
+    MemoryPlan,
+    budgeted,
+    declared,
+    lay_of,
+    measured,
+    require_room,
+    within,
+)
 from steeple.errors import ConfigError
 from steeple.hardware import available_memory, pick_device
 from steeple.model.decoder import Decoder
+from steeple.model.families import model_config
 from steeple.model.load import load_decoder
 from steeple.model.quantize import quantize_weights
 from steeple.ops.attention import PagedAttention
 from steeple.ops.kernels import Kernels, kernels
 from steeple.ops.native_attention import attention_backend
 from steeple.plan.memory import plan_cache
-
-MOST_REQUESTS = 256
+from steeple.plan.memory_fit import Load, Setting
+from steeple.plan.memory_parts import DraftMemory
 
 # EngineConfig.weights -> what is done to the decoder as loaded
 PREPARE: dict[str, Callable[[Decoder], None]] = {"stored": lambda _decoder: None, "int8": quantize_weights}
@@ -46,6 +58,9 @@ def load_model(model: str, config: EngineConfig) -> LoadedModel:
     """The target ``model`` (folder, hub name, or ``demo``) in the engine's dtype, on its device."""
     device = prepare_device(config)
     folder = hf.resolve(model)
+    if config.budget:
+        shape = model_config(hf.load_hf_config(folder), config.max_context or None)
+        require_room(shape, config, kernels(device, None if config.native else False), device)
     decoder = load_decoder(
         folder, dtype=getattr(torch, config.dtype), device=device, max_context=config.max_context or None
     )
@@ -79,27 +94,23 @@ def build_engine(
 
     Args:
         cache: the target's cache to run on instead of a new one. Engines may share one if no two of them ever have
-            requests at the same time; what one has computed, the others then find.
+            requests at the same time; what one has computed, the others then find. ``memory_budget`` then does nothing.
+
+    Raises ``CapacityError`` if memory, or the budget for it, does not suffice whatever is given up.
     """
     shape = target.decoder.config
     dtype = getattr(torch, config.dtype)
     if target.decoder.dtype != dtype:
         loaded = str(target.decoder.dtype).removeprefix("torch.")
         raise ConfigError(f"EngineConfig.dtype = {config.dtype!r}, but the model was loaded in {loaded}; give that.")
-    max_context = min(config.max_context or shape.max_context, shape.max_context)
-    built = None if drafter is None else drafter.build(_surroundings(target, config, dtype))
-    per_token = shape.kv_elements_per_token * dtype.itemsize
-    own_bytes = built.needs.own_cache_bytes_per_token if built is not None else 0
-    sizes = plan_cache(
-        available=available_memory(target.device),
-        bytes_per_token=(per_token if cache is None else 0) + own_bytes,
-        block_size=config.block_size,
-        max_context=max_context,
-        wanted_tokens=config.kv_tokens if cache is None else cache.pool.count * cache.block_size,
-    )
+    around = _surroundings(target, config, dtype)
+    if config.budget and cache is None:
+        plan, built = _within_budget(target, config, drafter, around)
+    else:
+        plan, built = _unlimited(target, config, drafter, around, cache)
     cache = cache or PagedCache(
         shape,
-        blocks=sizes.blocks,
+        blocks=plan.load.blocks,
         block_size=config.block_size,
         dtype=dtype,
         device=target.device,
@@ -109,7 +120,6 @@ def build_engine(
     )
     if built is not None:
         built.prepare(cache)
-    batch_size = min(config.batch_size or MOST_REQUESTS, sizes.blocks)
     engine = Engine(
         EngineParts(
             decoder=target.decoder,
@@ -117,10 +127,11 @@ def build_engine(
             attention=target.attention,
             drafter=built,
             tokenizer=target.tokenizer,
-            batch_size=batch_size,
-            step_tokens=config.step_tokens,
-            max_context=max_context,
+            batch_size=plan.load.requests,
+            step_tokens=plan.load.chunk,
+            max_context=plan.setting.context,
             graphs=config.graphs,
+            plan=plan,
         )
     )
     if config.deterministic and not engine.batch_invariant:
@@ -130,6 +141,62 @@ def build_engine(
             "widths. Give those, or leave deterministic off."
         )
     return engine
+
+
+def _setting(target: LoadedModel, config: EngineConfig, draft: DraftMemory | None = None) -> Setting:
+    shape = target.decoder.config
+    lay = lay_of(config, shape, target.kernels, target.device)
+    context = min(config.max_context or shape.max_context, shape.max_context)
+    return Setting(target=shape, lay=lay, draft=draft, block_size=config.block_size, max_context=context)
+
+
+def _unlimited(
+    target: LoadedModel,
+    config: EngineConfig,
+    drafter: DrafterConfig | None,
+    around: Surroundings,
+    cache: PagedCache | None,
+) -> tuple[MemoryPlan, Drafter | None]:
+    """Without a budget: everything that was asked for, and a cache that pays."""
+    setting = _setting(target, config)
+    built = None if drafter is None else drafter.build(around)
+    own = built.needs.own_cache_bytes_per_token if built is not None else 0
+    sizes = plan_cache(
+        available=available_memory(target.device),
+        bytes_per_token=(setting.key_bytes_per_token if cache is None else 0) + own,
+        block_size=config.block_size,
+        max_context=setting.context,
+        wanted_tokens=config.kv_tokens if cache is None else cache.pool.count * cache.block_size,
+    )
+    requests = min(config.batch_size or MOST_REQUESTS, sizes.blocks)
+    load = Load(requests=requests, blocks=sizes.blocks, chunk=config.step_tokens)
+    if drafter is not None and built is not None:
+        draft = declared(drafter, around, setting.lay) or measured(built, target.decoder)
+        k = max(1, min(drafter.k, built.needs.nodes))
+        setting, load = replace(setting, draft=draft), replace(load, k=k, width=-(-built.needs.nodes // k))
+    return MemoryPlan(setting, load), built
+
+
+def _within_budget(
+    target: LoadedModel, config: EngineConfig, drafter: DrafterConfig | None, around: Surroundings
+) -> tuple[MemoryPlan, Drafter | None]:
+    """What fits into ``config.memory_budget``; a drafter that declares what it takes is built only if it does."""
+    available = available_memory(target.device)
+    if drafter is None:
+        return budgeted(_setting(target, config), config, 0, 1, available), None
+    lay = _setting(target, config).lay
+    draft = declared(drafter, around, lay) or measured(drafter.build(around), target.decoder)
+    while True:
+        setting = _setting(target, config, draft)
+        plan = budgeted(setting, config, drafter.k, getattr(drafter, "width", 1), available)
+        fitting = within(drafter, plan.load)
+        if fitting is None:
+            return plan, None
+        built = fitting.build(replace(around, step_tokens=plan.load.chunk))
+        held = measured(built, target.decoder).held
+        if held <= draft.held * (1 + TOLERANCE):
+            return plan, built
+        draft = replace(draft, held=held)  # it holds more than it said
 
 
 def _surroundings(target: LoadedModel, config: EngineConfig, dtype: torch.dtype) -> Surroundings:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from steeple.config import check_range
 from steeple.errors import ConfigError, did_you_mean
+from steeple.plan.memory_units import parse_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -17,7 +18,8 @@ class EngineConfig:
     """How the engine runs; what it runs is given beside it.
 
     ``kv_tokens`` is the number of positions the paged cache holds; 0 asks the memory planner. ``threads`` sets
-    torch's thread count for the whole process (torch has no other); 0 leaves it alone.
+    torch's thread count for the whole process (torch has no other); 0 leaves it alone. ``memory_budget`` bounds all
+    that the engine allocates: weights, caches, and what a step takes; see ``docs/memory.md``.
     """
 
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16 (GPU)"})
@@ -37,6 +39,10 @@ class EngineConfig:
         default=False, metadata={"help": "refuse to run where a row's rounding depends on batch or k"}
     )
     threads: int = field(default=0, metadata={"help": "torch threads, 0 = leave as they are"})
+    memory_budget: str = field(
+        default="",
+        metadata={"help": "most memory, like 512MiB or 4GiB; drafting gives way to the batch. Empty = no limit"},
+    )
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -53,3 +59,13 @@ class EngineConfig:
         check_range("EngineConfig", "kv_tokens", self.kv_tokens, 0, 1 << 40)
         check_range("EngineConfig", "block_size", self.block_size, 1, 1024)
         check_range("EngineConfig", "threads", self.threads, 0, 4096)
+        if not isinstance(self.memory_budget, str):
+            raise ConfigError(
+                f"EngineConfig.memory_budget = {self.memory_budget!r} is no text; write it like '512MiB' or '1000000'."
+            )
+        _ = self.budget  # said now rather than when memory is planned
+
+    @property
+    def budget(self) -> int:
+        """``memory_budget`` in bytes; 0 = none."""
+        return parse_bytes(self.memory_budget, "EngineConfig.memory_budget") if self.memory_budget else 0

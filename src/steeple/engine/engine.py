@@ -18,6 +18,7 @@ from steeple.cache.paged import PagedCache
 from steeple.draft.base import Drafter
 from steeple.engine.judge import Judge, Judgement
 from steeple.engine.length import GoodputLengths, Lengths
+from steeple.engine.memory import MemoryPlan, MemoryReport, started
 from steeple.engine.output import TextStream
 from steeple.engine.scheduler import Scheduler, Work
 from steeple.engine.stats import EngineStats
@@ -51,6 +52,7 @@ class EngineParts:
     step_tokens: int
     max_context: int
     graphs: bool = False
+    plan: MemoryPlan | None = None
 
 
 class Engine:
@@ -66,13 +68,18 @@ class Engine:
         self.drafter = parts.drafter
         self.stats = EngineStats()
         self._most_nodes = parts.drafter.needs.nodes if parts.drafter is not None else 0
+        if parts.plan is not None:
+            self._most_nodes = min(self._most_nodes, parts.plan.load.nodes)
         self.budget: Callable[[Request], int] = lambda _request: self._most_nodes
         self._lengths: Lengths | None = None
         if parts.drafter is not None and parts.drafter.needs.adaptive:
             self._lengths = self.budget = GoodputLengths(self._most_nodes)
         self._runner = Runner(parts.decoder, parts.cache, parts.attention)
         accelerate(self._runner, graphs=parts.graphs)
-        self._judge = Judge(self._runner)
+        self._judge = Judge(self._runner, parts.plan.load.portion if parts.plan is not None else 0)
+        self.memory: MemoryReport | None = None
+        if parts.plan is not None:
+            self.memory = started(parts.plan, self._runner, parts.drafter)
         self._maker = BatchMaker(parts.cache.block_size, parts.decoder.device)
         self._none = Draft.empty(0)
         self._keep = parts.drafter.needs.hidden if parts.drafter is not None else ()
@@ -81,7 +88,11 @@ class Engine:
         self._texts: dict[str, TextStream] = {}
         self._requests: dict[str, Request] = {}
         self.scheduler = Scheduler(
-            parts.cache, batch_size=parts.batch_size, step_tokens=parts.step_tokens, forget=self._forget
+            parts.cache,
+            batch_size=parts.batch_size,
+            step_tokens=parts.step_tokens,
+            forget=self._forget,
+            last_row=parts.drafter is not None and parts.drafter.needs.last_row,
         )
 
     def add(self, request: Request, *, stream: bool = False) -> None:

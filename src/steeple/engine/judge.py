@@ -34,10 +34,12 @@ class Judgement:
 
 
 class Judge:
-    """Args: runner of the target. Logits are computed for the newest token of a request and its nodes only."""
+    """Args: runner of the target; portion: rows whose laws may be in memory at once (those of one request always are),
+    0 = all. Logits are computed for the newest token of a request and its nodes only.
+    """
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, runner: Runner, portion: int = 0) -> None:
+        self._runner, self._portion = runner, portion
         self._vocab = runner.decoder.config.vocab_size
         self._sampling = SamplingBatch.of(())
         self._native = sampler(runner.decoder.kernels.library)
@@ -58,18 +60,44 @@ class Judge:
             own, rows = _rows_of(batch, places, draft)
             hidden_RD = hidden_TD[torch.from_numpy(rows).to(hidden_TD.device)]
         if not sampling.laws.all_greedy or sampling.laws.penalised or sampling.logprobs:
-            return self._by_logits(batch, sampling, own, hidden_RD)
+            bits_N = batch.layout.ancestors[batch.node_rows]
+            if self._portion and hidden_RD.shape[0] > self._portion:
+                return self._in_portions(bits_N, sampling, own, hidden_RD)
+            return self._by_logits(bits_N, sampling, own, hidden_RD)
         choice_R = self._runner.best(hidden_RD)
         if not own.tokens.shape[0]:
             return Judgement([[token] for token in choice_R.tolist()], [()] * len(requests), [])
         return _chosen(choice_R, own) if own.chain else _as_lists(verify_choice(choice_R, own), own)
 
     @torch.inference_mode()
-    def _by_logits(self, batch: Batch, sampling: SamplingBatch, draft: Draft, hidden_RD: Tensor) -> Judgement:
-        """Where the best token of a row does not say enough."""
+    def _in_portions(self, bits_N: Tensor, sampling: SamplingBatch, draft: Draft, hidden_RD: Tensor) -> Judgement:
+        """``_by_logits``, some requests after the other. A verdict depends on its own request alone."""
+        whole = Judgement([], [], [])
+        device, cu = hidden_RD.device, draft.cu.numpy()
+        for first, end in portions(np.diff(cu) + 1, self._portion):
+            a, b = int(cu[first]), int(cu[end])
+            nodes, parent = slice(a, b), draft.parent[a:b]
+            part = replace(
+                draft,
+                tokens=draft.tokens[nodes],
+                parent=torch.where(parent < 0, parent, parent - a),
+                cu=draft.cu[first : end + 1] - a,
+                row=draft.row[nodes],
+            )
+            own = SamplingBatch.of(sampling.requests[first:end], device)
+            found = self._by_logits(bits_N[nodes], own, part, hidden_RD[a + first : b + end])
+            whole.tokens.extend(found.tokens)
+            whole.kept.extend(found.kept)
+            if sampling.logprobs:
+                whole.logprobs.extend(found.logprobs or [[] for _ in found.tokens])
+        return whole
+
+    @torch.inference_mode()
+    def _by_logits(self, bits_N: Tensor, sampling: SamplingBatch, draft: Draft, hidden_RD: Tensor) -> Judgement:
+        """Where the best token of a row does not say enough. ``bits_N``: the nodes above each node, as in a batch."""
         requests, laws = sampling.requests, sampling.laws
         raw_RV = self._runner.logits(hidden_RD)
-        logits_RV = self._penalised(raw_RV, sampling, batch, draft) if laws.penalised else raw_RV
+        logits_RV = self._penalised(raw_RV, sampling, bits_N, draft) if laws.penalised else raw_RV
         counter = np.fromiter(map(len, requests), np.int64, len(requests))
         verdict = verify(logits_RV, draft, laws, sampling.generators, counter, self._native)
         judgement = _as_lists(verdict, draft)
@@ -81,7 +109,7 @@ class Judge:
                 judgement.logprobs.append([] if best is None else _logprobs(raw_RV[rows], judgement.tokens[b], best))
         return judgement
 
-    def _penalised(self, logits_RV: Tensor, sampling: SamplingBatch, batch: Batch, draft: Draft) -> Tensor:
+    def _penalised(self, logits_RV: Tensor, sampling: SamplingBatch, bits_N: Tensor, draft: Draft) -> Tensor:
         """Each row's penalties count the text and the path of nodes above the row."""
         device, requests = logits_RV.device, sampling.requests
         per_request, cu = draft.counts.numpy(), draft.cu.numpy()
@@ -90,7 +118,7 @@ class Judge:
         prompts = [r.tokens[: r.prompt_len] for r in requests]
         table = count_text(prompts, [r.output for r in requests], self._vocab, device)
         counts = Counts(table.prompt[owner_R], table.output[owner_R])
-        bits = batch.layout.ancestors[batch.node_rows].numpy()
+        bits = bits_N.numpy()
         if bits.size:
             start = np.repeat(cu[:-1], per_request)
             node, above = np.nonzero((bits[:, None] >> np.arange(int(per_request.max()))) & 1)
@@ -98,6 +126,17 @@ class Judge:
             path = torch.from_numpy(start[node] + above).to(device)
             counts.add(torch.from_numpy(rows).to(device), draft.tokens[path])
         return penalise(logits_RV, sampling.laws, owner_R, counts)
+
+
+def portions(rows: NDArray[np.int64], most: int) -> list[tuple[int, int]]:
+    """Runs ``(first, end)`` of requests whose ``rows [B]`` are at most ``most`` together; one request at least."""
+    found, first, taken = [], 0, 0
+    for b, own in enumerate(rows.tolist()):
+        if taken and taken + own > most:
+            found.append((first, b))
+            first, taken = b, 0
+        taken += own
+    return [*found, (first, rows.shape[0])]
 
 
 def _rows_of(batch: Batch, places: Sequence[int], draft: Draft) -> tuple[Draft, NDArray[np.int64]]:

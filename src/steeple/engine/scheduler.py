@@ -35,13 +35,21 @@ Budget = Callable[[Request], int]
 class Scheduler:
     """Args: cache of the target; batch_size: most running requests; step_tokens: most rows of a step, which only
     prompts give way to: a decoding request always gets its row and its nodes, whatever its neighbours do.
-    ``forget(request)`` is called when a request loses its place in the cache.
+    ``forget(request)`` is called when a request loses its place in the cache. ``last_row``: the row before the newest
+    token is computed even where its keys are found; see ``Needs``.
     """
 
     def __init__(
-        self, cache: PagedCache, *, batch_size: int, step_tokens: int, forget: Callable[[Request], None]
+        self,
+        cache: PagedCache,
+        *,
+        batch_size: int,
+        step_tokens: int,
+        forget: Callable[[Request], None],
+        last_row: bool = False,
     ) -> None:
         self._cache, self._batch_size, self._step_tokens, self._forget = cache, batch_size, step_tokens, forget
+        self._last_row = last_row
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._room: dict[str, int] = {}  # positions that the cache has reserved for each running request
@@ -106,7 +114,8 @@ class Scheduler:
 
     def _admit(self, request: Request, room: int, budget: Budget) -> Work | None:
         """Reserve for the whole text at once, so that a prompt never preempts another half way."""
-        request.cached = self._cache.attach(request.id, request.tokens)
+        written = len(request) > request.prompt_len
+        request.cached = self._cache.attach(request.id, request.tokens, 2 if written and self._last_row else 1)
         work = _round(request, budget) if request.ready else _chunk(request, room)
         keep_free = len(self.running)  # a block for each running request to grow into
         wanted = self._cache.missing(request.id, len(request) + work.nodes) + keep_free

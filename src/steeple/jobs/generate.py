@@ -72,7 +72,8 @@ def run_generate(config: GenerateConfig, progress: Callable[[Progress], None] | 
     Returns:
         The summary of this run: tokens_per_second (tokens written per second of generation, loading apart), tau,
         acceptance_by_position, requests, resumed, errors, prompt_tokens, completion_tokens, seconds, load_seconds,
-        draft_seconds, verify_seconds, drafter, k, model, dtype, batch_size, temperature, output, environment.
+        draft_seconds, verify_seconds, drafter, k, model, dtype, memory (bytes predicted and allocated, what was
+        sacrificed to a budget), batch_size, temperature, output, environment.
 
     Raises:
         ConfigError: the settings are wrong, or differ from those an unfinished output was begun with.
@@ -217,6 +218,7 @@ def _summary(config: GenerateConfig, survey: _Survey, job: _Job | None, load_sec
         "k": job.nodes if job is not None else config.k,
         "model": config.model,
         "dtype": config.engine.dtype,
+        "memory": job.llm.engine.memory.as_dict() if job is not None and job.llm.engine.memory is not None else None,
         "batch_size": job.llm.engine.parts.batch_size if job is not None else config.engine.batch_size,
         "temperature": config.sampling.temperature,
         "output": str(config.output),

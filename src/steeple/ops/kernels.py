@@ -24,16 +24,21 @@ def leave(_weight: Tensor, _sections: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The defaults are the slow twins. ``library``: whole forwards in one call, where there is a native library."""
+    """The defaults are the slow twins. ``library``: whole forwards in one call, where there is a native library.
+
+    panel: outputs of a panel of packed weights; 0 = nothing is packed.
+    """
 
     pack: Pack = leave
     norm: NormOperation = torch_norm
     library: Path | None = None
+    panel: int = 0
 
 
 @functools.cache
 def _native(path: Path) -> Kernels:
-    return Kernels(LinearLibrary(path).pack, NativeNorm(path), path)
+    linear = LinearLibrary(path)
+    return Kernels(linear.pack, NativeNorm(path), path, linear.panel)
 
 
 def kernels(device: torch.device | str, native: bool | None = None) -> Kernels:
