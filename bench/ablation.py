@@ -21,7 +21,9 @@ from steeple.train.spire_config import SpireConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "spire": {},
+    "carried state": {"carry": True},
     "feedback memory": {"feedback": True},
+    "both": {"carry": True, "feedback": True},
     "no target activations": {"target_activations": False},
     "random init": {"random_init": True},
     "hard targets": {"hard_targets": True},

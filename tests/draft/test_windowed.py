@@ -17,8 +17,9 @@ from steeple import hf
 from steeple.cache.window import EVERYTHING, Window
 from steeple.draft import drafter_config
 from steeple.draft.base import Surroundings
+from steeple.draft.carry import Carry
 from steeple.draft.sparse_self import SparseSelfConfig
-from steeple.draft.spire import SpireDraftConfig, check_draft, draft_laws, spire_drafter
+from steeple.draft.spire import SpireDraftConfig, SpireParts, check_draft, draft_laws, spire_drafter
 from steeple.draft.spire_model import FeedbackMemory, SpireShape, embedding, keys_values, prune
 from steeple.draft.windowed import WindowDrafter
 from steeple.errors import ConfigError, StorageError
@@ -112,7 +113,13 @@ def projected_keys(target: Decoder, draft: Decoder, text: Sequence[int]) -> list
 
 @torch.no_grad()
 def slow_laws(
-    target: Decoder, draft: Decoder, window: Window, memory: FeedbackMemory | None = None, *, own_keys: bool = False
+    target: Decoder,
+    draft: Decoder,
+    window: Window,
+    memory: FeedbackMemory | None = None,
+    *,
+    own_keys: bool = False,
+    carry: Carry | None = None,
 ) -> Tensor:
     """One token after the other: the target's keys that the definition of a window shows, and the draft's own."""
     base, first = len(TEXT) - 1, target.config.num_layers - draft.config.num_layers
@@ -121,6 +128,7 @@ def slow_laws(
     shown = torch.tensor([p for p in range(base) if p < sinks or p >= recent], dtype=torch.int64)
     keys = [cached[first + layer][0][shown] for layer in range(draft.config.num_layers)]
     values = [cached[first + layer][1][shown] for layer in range(draft.config.num_layers)]
+    state = target_states(target, TEXT[:-1])[-1:]
     laws = []
     for j, token in enumerate([TEXT[-1], *FORCED[:-1]]):
         tokens, positions = torch.tensor([token]), torch.tensor([base + j])
@@ -134,7 +142,9 @@ def slow_laws(
             return attended(q, k, v, draft.config.scale, torch.ones(1, k.shape[0], dtype=torch.bool))
 
         layers = range(draft.config.num_layers)
-        hidden = draft(tokens, positions, attend, keep=layers)
+        added = None if carry is None else state @ carry.projection.weight.T
+        hidden = draft(tokens, positions, attend, keep=layers, added_TD=added)
+        state = hidden.final_TD
         laws.append(draft.logits(hidden.final_TD)[0].softmax(-1))
         if memory is not None:
             states = [embedding(draft, tokens), *(hidden.kept[layer] for layer in layers)]
@@ -167,13 +177,17 @@ def test_an_unbounded_window_is_the_target_itself(target: Decoder) -> None:
 
 
 @torch.no_grad()
-def target_logits(target: Decoder, text: Sequence[int]) -> Tensor:
+def target_states(target: Decoder, text: Sequence[int]) -> Tensor:
     causal = torch.ones(len(text), len(text), dtype=torch.bool).tril()
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attended(q, k, v, target.config.scale, causal)
 
-    return target.logits(target(torch.tensor(text), torch.arange(len(text)), attend).final_TD)
+    return target(torch.tensor(text), torch.arange(len(text)), attend).final_TD
+
+
+def target_logits(target: Decoder, text: Sequence[int]) -> Tensor:
+    return target.logits(target_states(target, text))
 
 
 @pytest.mark.parametrize("feedback", [False, True], ids=["own", "feedback"])
@@ -181,11 +195,28 @@ def target_logits(target: Decoder, text: Sequence[int]) -> Tensor:
 def test_a_spire_draft_reads_the_targets_keys_and_its_own(target: Decoder, window: Window, feedback: bool) -> None:
     draft, memory = a_draft(target), a_memory() if feedback else None
     shape = SpireShape(target_layers=(1, 2), sink=window.sink, window=window.window, page=PAGE, feedback=feedback)
-    drafter = spire_drafter(SpireDraftConfig(), shape, draft, memory, around(target, attention_backend(CPU)))
+    drafter = spire_drafter(
+        SpireDraftConfig(), shape, SpireParts(draft, memory), around(target, attention_backend(CPU))
+    )
     expected = slow_laws(target, draft, window, memory)
     torch.testing.assert_close(draft_laws(drafter, TEXT, FORCED), expected, atol=1e-5, rtol=0)
     without = slow_laws(target, draft, window, None if feedback else a_memory())
     assert (expected - without).abs().max() > 1e-3, "the memory makes no difference here, so nothing was shown"
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["reference", "native"])
+@pytest.mark.parametrize("feedback", [False, True], ids=["own", "feedback"])
+def test_a_spire_draft_carries_states(target: Decoder, feedback: bool, native: bool) -> None:
+    draft, memory, window = a_draft(target), a_memory() if feedback else None, Window(4, 6)
+    carry = Carry(target.config.hidden_size).requires_grad_(False)
+    carry.projection.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(5))
+    shape = SpireShape(target_layers=(1, 2), sink=4, window=6, page=PAGE, feedback=feedback, carry=True)
+    surroundings = around(target, attention_backend(CPU) if native else ReferenceAttention())
+    drafter = spire_drafter(SpireDraftConfig(), shape, SpireParts(draft, memory, carry), surroundings)
+    expected = slow_laws(target, draft, window, memory, carry=carry)
+    torch.testing.assert_close(draft_laws(drafter, TEXT, FORCED), expected, atol=1e-5, rtol=0)
+    per_law = (expected - slow_laws(target, draft, window, memory)).abs().amax(dim=-1)
+    assert per_law.min() > 1e-3, "the states make no difference somewhere, so nothing was shown"
 
 
 @pytest.mark.parametrize("layers", [2, 3])
@@ -206,7 +237,9 @@ def test_a_draft_with_keys_of_its_own_projects_the_targets_activations(
         feedback=feedback,
         own_keys=True,
     )
-    drafter = spire_drafter(SpireDraftConfig(k=5), shape, draft, memory, around(target, attention_backend(CPU)))
+    drafter = spire_drafter(
+        SpireDraftConfig(k=5), shape, SpireParts(draft, memory), around(target, attention_backend(CPU))
+    )
     expected = slow_laws(target, draft, window, memory, own_keys=True)
     torch.testing.assert_close(draft_laws(drafter, TEXT, FORCED), expected, atol=1e-5, rtol=0)
     assert (expected - slow_laws(target, draft, window, memory)).abs().max() > 1e-3

@@ -13,10 +13,11 @@ from torch import Tensor
 from steeple.cache.paged import PagedCache
 from steeple.config import ModelConfig
 from steeple.draft.base import Drafter, Surroundings
+from steeple.draft.carry import Carry
 from steeple.draft.ngram import NGramConfig
 from steeple.draft.small_lm import SmallLM, SmallLMConfig
 from steeple.draft.sparse_self import SparseSelfConfig
-from steeple.draft.spire import SpireDraftConfig, spire_drafter
+from steeple.draft.spire import SpireDraftConfig, SpireParts, spire_drafter
 from steeple.draft.spire_model import FeedbackMemory, SpireShape, prune
 from steeple.engine.engine import Engine, EngineParts
 from steeple.model.decoder import Decoder
@@ -81,15 +82,28 @@ def _small(decoder: Decoder, k: int) -> Build:
     return lambda around: SmallLM(SmallLMConfig(k=k), decoder, around)
 
 
-def _spire(target: Decoder, k: int, *, feedback: bool = False, choose: str = "window", own_keys: bool = False) -> Build:
+def _spire(
+    target: Decoder,
+    k: int,
+    *,
+    feedback: bool = False,
+    choose: str = "window",
+    own_keys: bool = False,
+    carry: bool = False,
+) -> Build:
     """The target's last layer, not trained, with a head of its own so that its laws differ from the target's."""
     draft = prune(target, 1)
     generator = torch.Generator().manual_seed(3)
     draft.head.weight.add_(torch.randn(draft.head.weight.shape, generator=generator) * 0.3)
     last = target.config.num_layers - 1
-    shape = SpireShape(target_layers=(last,), sink=1, window=3, feedback=feedback, own_keys=own_keys)
+    shape = SpireShape(target_layers=(last,), sink=1, window=3, feedback=feedback, own_keys=own_keys, carry=carry)
+    carried = Carry(target.config.hidden_size).requires_grad_(False) if carry else None
+    if carried is not None:
+        carried.projection.weight.normal_(std=0.2, generator=generator)
     memory = FeedbackMemory(1).requires_grad_(False) if feedback else None
-    return lambda around: spire_drafter(SpireDraftConfig(k=k, choose=choose), shape, draft, memory, around)
+    return lambda around: spire_drafter(
+        SpireDraftConfig(k=k, choose=choose), shape, SpireParts(draft, memory, carried), around
+    )
 
 
 def drafters(target: Decoder = TARGET, bad: Decoder = BAD, k: int = 4) -> dict[str, Build]:
@@ -109,6 +123,8 @@ def drafters(target: Decoder = TARGET, bad: Decoder = BAD, k: int = 4) -> dict[s
         "spire_pillar": _spire(target, k, choose="pillar"),
         "spire_own_keys": _spire(target, k, own_keys=True),
         "spire_memory": _spire(target, k, feedback=True),
+        "spire_carry": _spire(target, k, carry=True),
+        "spire_carry_all": _spire(target, k, carry=True, feedback=True, own_keys=True),
         "chosen_tree": lambda around: RandomTree(vocab, 2 * k),
         "drawn_tree": lambda around: DrawnTree(vocab, 2 * k),
         "motley_tree": lambda around: Motley(vocab, 2 * k),

@@ -207,6 +207,22 @@ def test_page_scores_of_all_layers_are_the_decoders_own(case: str, tmp_path: Pat
     assert all(side.forward(side.batch()).scores is None for side in sides)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["llama", "gemma2"])
+def test_what_is_added_to_the_embeddings_is_added_after_their_scale(
+    case: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """gemma2: with a scale. Rows of odd strides and another type are taken as well."""
+    model = published(case)
+    sides = [Side(loaded(model, tmp_path, dtype=dtype), native=native) for native in (True, False)]
+    rows, width = sides[0].batch().tokens.shape[0], sides[0].runner.decoder.config.hidden_size
+    added = torch.randn(width, rows, generator=torch.Generator().manual_seed(0)).T
+    found, wanted = (side.runner.forward(side.batch(), added=added, keep=(0,)).kept[0] for side in sides)
+    close(found, wanted, 1e-5 if dtype == torch.float32 else 2e-2)
+    without = sides[0].runner.forward(sides[0].batch(), keep=(0,)).kept[0]
+    assert (found.float() - without.float()).abs().amax(dim=-1).min() > 0.1
+
+
 def test_seconds_are_booked_by_part_on_request(tmp_path: Path) -> None:
     side = Side(loaded(published("llama"), tmp_path), native=True)
     native = side.runner.whole

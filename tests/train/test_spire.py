@@ -16,6 +16,7 @@ from tiny import VOCAB, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from steeple.convert import ConvertConfig, convert
+from steeple.draft.carry import Carry
 from steeple.draft.spire_model import FeedbackMemory, SpireShape
 from steeple.errors import ConfigError, ModelError, StorageError, TokenizerMismatch
 from steeple.model.decoder import Decoder
@@ -232,7 +233,17 @@ def test_laws_that_the_engine_does_not_compute_stop_the_model(
     assert (config.run / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("changes", [{"feedback": True}, {"dense": True}, {"random_init": True, "hard_targets": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"feedback": True},
+        {"dense": True},
+        {"carry": True},
+        {"carry": True, "feedback": True},
+        {"carry": True, "own_keys": True},
+        {"random_init": True, "hard_targets": True},
+    ],
+)
 def test_the_switches_train_and_agree_with_the_engine(place: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     config = settings(place, tmp_path, tokens=2 * BATCH, **changes)
     record = train_spire(config)
@@ -241,6 +252,9 @@ def test_the_switches_train_and_agree_with_the_engine(place: Path, tmp_path: Pat
     if config.feedback:
         assert torch.softmax(FeedbackMemory.load(config.out).mix, -1).tolist() == record["memory_mix"]
         assert FeedbackMemory.load(config.out).mix.abs().max() > 0
+    if config.carry:
+        carry = Carry.load(config.out, 32, torch.float32, torch.device("cpu"))
+        assert carry.projection.weight.abs().max() > 0
 
 
 def test_a_qwen3_target_in_bfloat16(place: Path, tmp_path: Path) -> None:

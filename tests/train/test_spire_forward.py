@@ -65,6 +65,8 @@ def student_of(target: Decoder, shape: SpireShape) -> Student:
             value.add_(0.1 * torch.randn(value.shape, generator=generator))
         if made.memory is not None:
             made.memory.double().mix.normal_(generator=generator)
+        if made.carry is not None:
+            made.carry.double().projection.weight.normal_(std=0.3, generator=generator)
     return made
 
 
@@ -79,6 +81,8 @@ class Rollout:
     student: Student
     tokens: Tensor
     committed: list[tuple[Tensor, Tensor]]
+    states: Tensor  # of the target
+    finals: dict[int, Tensor] = field(default_factory=dict)
     own: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def visible(self, key: int, base: int) -> bool:
@@ -116,7 +120,12 @@ class Rollout:
 
         token, position = self.tokens[t : t + 1], torch.tensor([t])
         layers = range(draft.config.num_layers)
-        hidden = draft(token, position, attend, keep=layers)
+        added = None
+        if self.student.carry is not None and t > 0:
+            before = self.states[t - 1] if t == base else self.finals[t - 1]
+            added = (before @ self.student.carry.projection.weight.T).unsqueeze(0)
+        hidden = draft(token, position, attend, keep=layers, added_TD=added)
+        self.finals[t] = hidden.final_TD[0]
         if memory is not None:
             for i, m in enumerate(memory([embedding(draft, token), *(hidden.kept[i] for i in layers)])):
                 k, v = keys_values(draft, i, m, position)
@@ -132,7 +141,7 @@ def naive(student: Student, seen: Seen, tokens: Tensor, offset: int) -> Tensor:
         committed = [(k[at], v[at]) for k, v in seen.keys_values]
         for i, x in enumerate(seen.inputs):
             committed.append(keys_values(student.draft, i, x[at], torch.arange(S)))
-        found.append(Rollout(student, tokens[row], committed).run(offset))
+        found.append(Rollout(student, tokens[row], committed, seen.final_TD[at]).run(offset))
     return torch.cat(found)
 
 
@@ -141,6 +150,11 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("llama", {}, 3),
     ("llama", {"feedback": True}, 0),
     ("llama", {"feedback": True}, 3),
+    ("llama", {"carry": True}, 0),
+    ("llama", {"carry": True}, 3),
+    ("llama", {"carry": True, "feedback": True}, 2),
+    ("llama", {"carry": True, "own_keys": True}, 1),
+    ("qwen3", {"carry": True, "dense": True}, 4),
     ("llama", {"dense": True}, 2),
     ("llama", {"sink": 0, "window": 0}, 1),
     ("llama", {"own_keys": True}, 1),
@@ -167,17 +181,19 @@ def test_the_batched_forward_is_the_rollout(
     torch.testing.assert_close(ours, naive(student, seen, tokens, offset), atol=1e-9, rtol=1e-9)
 
 
-def test_gradients_pass_through_the_memory_as_in_the_rollout(targets: dict[str, Decoder]) -> None:
-    shape, tokens = replace(SHAPE, feedback=True), windows()
+@pytest.mark.parametrize("carry", [False, True])
+def test_gradients_pass_through_the_memory_as_in_the_rollout(targets: dict[str, Decoder], carry: bool) -> None:
+    shape, tokens = replace(SHAPE, feedback=True, carry=carry), windows()
     student = student_of(targets["llama"], shape)
     seen = target_forward(targets["llama"], tokens, shape)
     direction = torch.randn(B * S, 32, dtype=torch.float64)
     assert student.memory is not None
-    trained = [student.memory.mix, *(p for p in student.draft.parameters() if p.requires_grad)]
+    carried = () if student.carry is None else student.carry.parameters()
+    trained = [student.memory.mix, *carried, *(p for p in student.draft.parameters() if p.requires_grad)]
     grads = []
     for hidden in (student.forward(tokens, seen, 2), naive(student, seen, tokens, 2)):
         grads.append(torch.autograd.grad((hidden * direction).sum(), trained, allow_unused=True))
-    assert grads[0][0].abs().max() > 1e-3  # the mix
+    assert all(g.abs().max() > 1e-3 for g in grads[0][: 1 + carry])  # the mix, the projection
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-8)
 

@@ -65,16 +65,16 @@ class PagedCache:
         """Blocks that ``length`` positions take."""
         return -(-length // self.block_size)
 
-    def attach(self, request_id: str, tokens: NDArray[np.int64]) -> int:
+    def attach(self, request_id: str, tokens: NDArray[np.int64], left: int = 1) -> int:
         """Begin a request; take over the longest shared prefix of full blocks. Returns the positions found.
 
-        At least one token is always left to compute: the step needs the law after the newest one.
+        ``left`` tokens at least are left to compute: the step needs the law after the newest one.
         """
         if request_id in self._sequences:
             raise InternalError(f"request {request_id} is already in the cache")
         sequence = self._sequences[request_id] = _Sequence()
         if self._share:
-            names = self._names(sequence, tokens, (len(tokens) - 1) // self.block_size)
+            names = self._names(sequence, tokens, (len(tokens) - left) // self.block_size)
             sequence.blocks = self.pool.find(names)
             sequence.names = names[: len(sequence.blocks)]
         return len(sequence.blocks) * self.block_size

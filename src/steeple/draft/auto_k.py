@@ -7,18 +7,23 @@ How the depth is chosen: ``steeple.engine.length``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from steeple.cache.paged import PagedCache
 from steeple.config import check_range
-from steeple.draft.base import Drafter, Needs, Surroundings
+from steeple.draft.base import Drafter, DrafterConfig, Needs, Surroundings
+from steeple.draft.declared import DeclaresMemory
 from steeple.errors import ConfigError
 from steeple.model.decoder import Hidden
+from steeple.plan.memory_parts import DraftMemory, Lay
 from steeple.request import Request
 from steeple.types import MAX_NODES, Batch, Draft
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PREFERRED = ("spire", "small_lm", "sparse_self")
 
@@ -37,9 +42,18 @@ class AutoKConfig:
 
     def build(self, around: Surroundings) -> Drafter:
         """The drafter, with the request that the engine choose its depth."""
-        return AutoK(self._inner(around))
+        return AutoK(self._first(lambda config: config.build(around)))
 
-    def _inner(self, around: Surroundings) -> Drafter:
+    def memory(self, around: Surroundings, lay: Lay) -> DraftMemory:
+        """That of the drafter that it would build."""
+
+        def declared(config: DrafterConfig) -> DraftMemory:
+            return config.memory(around, lay) if isinstance(config, DeclaresMemory) else DraftMemory(draws=True)
+
+        return self._first(declared)
+
+    def _first(self, use: Callable[[DrafterConfig], T]) -> T:
+        """What ``use`` gives for the first drafter that can be used."""
         from steeple.draft import drafter_config  # the register knows this class, so it cannot be known before
 
         for name in (self.model,) if self.model else PREFERRED:
@@ -47,7 +61,7 @@ class AutoKConfig:
             if config is None:
                 raise ConfigError("auto-k: model = 'none' leaves nothing to choose; name a drafter.")
             try:
-                return config.build(around)
+                return use(config)
             except ConfigError as error:
                 if self.model or name == PREFERRED[-1]:
                     raise

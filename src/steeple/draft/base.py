@@ -31,7 +31,8 @@ class Needs:
     reserves them. shares_cache: reads the target's own cache. own_cache_bytes_per_token: what the drafter
     keeps of every position of the text itself; the memory planner counts it. adaptive: the engine is to choose the
     depth of every round, up to ``nodes``. scores: ``observe`` wants the scores of the pages (``Hidden.scores``).
-    every_row: every position of a text must come by as a row, so prefixes are not shared.
+    every_row: every position of a text must come by as a row, so prefixes are not shared. last_row: ``observe`` must
+    have seen the row before a request's newest token, so that one is computed even where its keys are in the cache.
     """
 
     hidden: tuple[int, ...] = ()
@@ -41,6 +42,7 @@ class Needs:
     adaptive: bool = False
     scores: bool = False
     every_row: bool = False
+    last_row: bool = False
 
 
 @dataclass(frozen=True, slots=True)

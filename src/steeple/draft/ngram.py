@@ -19,8 +19,11 @@ from steeple.config import check_range
 from steeple.draft.base import Drafter, Needs, Surroundings, chains
 from steeple.errors import ConfigError, InternalError
 from steeple.model.decoder import Hidden
+from steeple.plan.memory_parts import DraftMemory, Lay
 from steeple.request import Request
 from steeple.types import MAX_NODES, Batch, Draft
+
+ENTRY_BYTES = 224  # of a key of bytes, its position, and their place in a dictionary, while that grows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,11 @@ class NGramConfig:
 
     def build(self, around: Surroundings) -> Drafter:
         return NGram(self, around.device)
+
+    def memory(self, around: Surroundings, lay: Lay) -> DraftMemory:
+        """An index on the host: an entry for every length at every position of the text."""
+        del around, lay
+        return DraftMemory(position_state=ENTRY_BYTES * (self.max_match - self.min_match + 1))
 
 
 class _Index:

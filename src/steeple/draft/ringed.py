@@ -16,10 +16,9 @@ from steeple.cache.batch import Ints
 from steeple.cache.paged import PagedCache
 from steeple.cache.ring import PageRings
 from steeple.draft.base import Needs, Surroundings
-from steeple.draft.spire_model import FeedbackMemory, embedding, keys_values
-from steeple.draft.windowed import DraftShape, Passes, SpireMemory, View, WindowDrafter
-from steeple.model.decoder import Decoder, Hidden
-from steeple.model.run import Runner
+from steeple.draft.spire_model import embedding, keys_values
+from steeple.draft.windowed import DraftShape, SpireParts, View, WindowDrafter
+from steeple.model.decoder import Hidden
 from steeple.request import Request
 from steeple.types import Batch, Draft
 
@@ -27,18 +26,24 @@ from steeple.types import Batch, Draft
 class RingDrafter(WindowDrafter):
     """Args: view: ``first_layer`` says which of the target's layers the draft's first one was."""
 
-    def __init__(
-        self, depth: DraftShape, view: View, around: Surroundings, decoder: Decoder, memory: FeedbackMemory | None
-    ) -> None:
-        super().__init__(depth, view, around, self._over)
-        self._decoder, self._memory = decoder, memory
+    def __init__(self, depth: DraftShape, view: View, around: Surroundings, parts: SpireParts) -> None:
+        super().__init__(
+            depth, view, around, lambda cache: parts.passes(cache, around.attention), carries=parts.carry is not None
+        )
+        self._decoder = parts.decoder
 
     @property
     def needs(self) -> Needs:
         layers = range(self._view.first_layer, self._view.first_layer + self._decoder.config.num_layers)
         own = self._decoder.config.kv_elements_per_token * self.around.dtype.itemsize
         hidden = tuple(layer - 1 for layer in layers if layer)
-        return Needs(nodes=self._k * self._width, hidden=hidden, every_row=True, own_cache_bytes_per_token=own)
+        return Needs(
+            nodes=self._k * self._width,
+            hidden=hidden,
+            every_row=True,
+            own_cache_bytes_per_token=own,
+            last_row=self._states is not None,
+        )
 
     def prepare(self, cache: PagedCache) -> None:
         """Pages of its own: as many as the target has, which no request ever fills."""
@@ -55,10 +60,6 @@ class RingDrafter(WindowDrafter):
         self._rings = PageRings(own, self._view.window, self._k)
         super().prepare(own)
 
-    def _over(self, cache: PagedCache) -> Passes:
-        runner = Runner(self._decoder, cache, self.around.attention)
-        return Passes(runner, None if self._memory is None else SpireMemory(self._decoder, self._memory, cache))
-
     @torch.inference_mode()
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> Draft:
         """As ``WindowDrafter``; nothing for requests that got no pages."""
@@ -71,6 +72,7 @@ class RingDrafter(WindowDrafter):
     @torch.inference_mode()
     def observe(self, requests: Sequence[Request], batch: Batch, kept: Sequence[Sequence[int]], hidden: Hidden) -> None:
         """Project the committed rows' activations into keys and values."""
+        super().observe(requests, batch, kept, hidden)
         rows, slots = self._committed(requests, batch, kept)
         if not rows.size:
             return

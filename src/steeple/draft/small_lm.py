@@ -21,12 +21,14 @@ from steeple.cache.paged import PagedCache
 from steeple.config import check_range
 from steeple.draft.base import Drafter, Needs, Surroundings
 from steeple.draft.chain import Chain
+from steeple.draft.declared import key_bytes_per_token, stored_config
 from steeple.errors import ConfigError
 from steeple.model.accelerate import accelerate
 from steeple.model.decoder import Decoder, Hidden
 from steeple.model.load import load_decoder
 from steeple.model.run import Runner
 from steeple.ops.law import SamplingBatch
+from steeple.plan.memory_parts import DraftMemory, Lay, weight_bytes
 from steeple.request import Request
 from steeple.types import MAX_NODES, Batch, Draft
 
@@ -52,6 +54,12 @@ class SmallLMConfig:
             raise ConfigError(f"drafter small_lm, model {folder}: {error} Lower EngineConfig.max_context.") from error
         decoder.use(around.kernels)
         return SmallLM(self, decoder, around)
+
+    def memory(self, around: Surroundings, lay: Lay) -> DraftMemory:
+        """The small model, and keys of its own as many as the target's."""
+        config = stored_config(hf.resolve(self.model) if self.model else _sibling(around), around)
+        own = key_bytes_per_token(config, lay)
+        return DraftMemory(held=weight_bytes(config, lay), keys=own, runs=config, reads_text=True, draws=True)
 
 
 def _sibling(around: Surroundings) -> Path:

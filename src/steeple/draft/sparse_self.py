@@ -17,6 +17,7 @@ from steeple.draft.base import Drafter, Surroundings
 from steeple.draft.windowed import DraftShape, Passes, View, WindowDrafter
 from steeple.errors import ConfigError, did_you_mean
 from steeple.model.run import Runner
+from steeple.plan.memory_parts import DraftMemory, Lay
 from steeple.types import MAX_NODES
 
 
@@ -54,6 +55,12 @@ class SparseSelfConfig:
             Window(self.sink, self.window), choice_rule("sparse_self", self.choose, self.budget), compact=self.compact
         )
         return WindowDrafter(DraftShape(self.k, self.width), view, around, lambda cache: _passes(around, cache))
+
+    def memory(self, around: Surroundings, lay: Lay) -> DraftMemory:
+        """Nothing but a room for its forwards: weights and keys are the target's."""
+        del lay
+        rule = choice_rule("sparse_self", self.choose, self.budget)
+        return DraftMemory(runs=around.decoder.config, draws=True, scores=rule is not None)
 
 
 def _passes(around: Surroundings, cache: PagedCache) -> Passes:

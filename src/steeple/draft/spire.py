@@ -18,18 +18,20 @@ from steeple.cache.paged import PagedCache
 from steeple.cache.slice import CacheSlice
 from steeple.cache.window import EVERYTHING, Window
 from steeple.draft.base import Drafter, Surroundings
+from steeple.draft.carry import Carry
+from steeple.draft.declared import key_bytes_per_token, stored_config
 from steeple.draft.ringed import RingDrafter
 from steeple.draft.sparse_self import check_draft_shape, choice_rule
 from steeple.draft.spire_model import SHAPE_FILE, FeedbackMemory, SpireShape
-from steeple.draft.windowed import DraftShape, Passes, SpireMemory, View, WindowDrafter, draft_laws
+from steeple.draft.windowed import DraftShape, Passes, SpireParts, View, WindowDrafter, draft_laws
 from steeple.errors import ConfigError
 from steeple.model.decoder import Decoder
 from steeple.model.layers import Layer
 from steeple.model.load import load_decoder
-from steeple.model.run import Runner
 from steeple.ops.linear import quantised
+from steeple.plan.memory_parts import FLOAT, DraftMemory, Lay, linear_bytes, weight_bytes
 
-__all__ = ["SpireDraftConfig", "check_draft", "draft_laws", "spire_drafter"]
+__all__ = ["SpireDraftConfig", "SpireParts", "check_draft", "draft_laws", "spire_drafter"]
 
 SAME_KEYS = 0.05  # relative difference of key and value projections; quantising a target to 8 bits makes about 0.01
 
@@ -58,14 +60,32 @@ class SpireDraftConfig:
         memory = FeedbackMemory.load(folder).to(around.device) if shape.feedback else None
         check_draft(shape, decoder, target, folder)
         decoder.use(around.kernels)
-        return spire_drafter(self, shape, decoder, memory, around)
+        carry = None
+        if shape.carry:
+            carry = Carry.load(folder, decoder.config.hidden_size, decoder.dtype, around.device)
+            carry.projection.use(around.kernels.pack)
+        return spire_drafter(self, shape, SpireParts(decoder, memory, carry), around)
+
+    def memory(self, around: Surroundings, lay: Lay) -> DraftMemory:
+        """The draft's weights, and keys only where it has projections for them."""
+        folder = Path(hf.resolve(self.model)) if self.model else _sibling(around)
+        shape, config = SpireShape.load(folder), stored_config(folder, around)
+        width, n = config.hidden_size, config.num_layers
+        held = weight_bytes(config, lay) + (FLOAT * n * (n + 1) if shape.feedback else 0)
+        return DraftMemory(
+            held=held + (linear_bytes(width, width, lay) if shape.carry else 0),
+            keys=key_bytes_per_token(config, lay) if shape.own_keys else 0,
+            runs=config,
+            draws=True,
+            layers=len(shape.target_layers) if shape.own_keys else 0,
+            scores=choice_rule("spire", self.choose, self.budget) is not None and not shape.own_keys,
+        )
 
 
 def spire_drafter(
     config: SpireDraftConfig,
     shape: SpireShape,
-    decoder: Decoder,
-    memory: FeedbackMemory | None,
+    parts: SpireParts,
     around: Surroundings,
 ) -> WindowDrafter:
     """The drafter over a draft in memory."""
@@ -73,14 +93,12 @@ def spire_drafter(
     view = View(window, choice_rule("spire", config.choose, config.budget), shape.target_layers[0])
     depth = DraftShape(config.k, config.width)
     if shape.own_keys:
-        return RingDrafter(depth, replace(view, rule=None), around, decoder, memory)
+        return RingDrafter(depth, replace(view, rule=None), around, parts)
 
     def passes(cache: PagedCache) -> Passes:
-        layers = CacheSlice(cache, shape.target_layers[0])
-        runner = Runner(decoder, layers, around.attention)
-        return Passes(runner, None if memory is None else SpireMemory(decoder, memory, layers))
+        return parts.passes(CacheSlice(cache, shape.target_layers[0]), around.attention)
 
-    return WindowDrafter(depth, view, around, passes)
+    return WindowDrafter(depth, view, around, passes, carries=parts.carry is not None)
 
 
 def check_draft(shape: SpireShape, draft: Decoder, target: Decoder, folder: Path) -> None:

@@ -43,6 +43,7 @@ class SpireShape:
         own_keys: keys and values have projections of their own, so the target's cache cannot be read.
         dense: every cached key is visible.
         target_activations: cached keys come from the target; false: the draft computes them all itself.
+        carry: the state that a token was predicted from is projected into its input; the target's for the root.
         format: of this file.
     """
 
@@ -55,6 +56,7 @@ class SpireShape:
     own_keys: bool = False
     dense: bool = False
     target_activations: bool = True
+    carry: bool = False
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class SpireShape:
         for name, low in (("sink", 0), ("window", 0), ("page", 1)):
             check_range(OWNER, name, getattr(self, name), low, 2**31 - 1)
         check_range(OWNER, "k", self.k, 1, 63)
-        for name in ("feedback", "own_keys", "dense", "target_activations"):
+        for name in ("feedback", "own_keys", "dense", "target_activations", "carry"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{OWNER}.{name} = {getattr(self, name)!r} is not true or false.")
         layers = self.target_layers
@@ -77,6 +79,11 @@ class SpireShape:
             raise ConfigError(
                 f"{OWNER}.feedback = True needs target_activations: without them every memory hangs on the one before "
                 "it, through the whole text. Switch feedback off."
+            )
+
+        if self.carry and not self.target_activations:
+            raise ConfigError(
+                f"{OWNER}.carry = True needs target_activations: the state of the text is the target's. Switch it off."
             )
 
     @property

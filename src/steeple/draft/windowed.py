@@ -22,12 +22,14 @@ from steeple.cache.sinks import SinkCopies, Turn
 from steeple.cache.slice import LayerCache
 from steeple.cache.window import Window, WindowBatches
 from steeple.draft.base import Needs, Surroundings
+from steeple.draft.carry import CarriedStates, Carry
 from steeple.draft.chain import Chain
 from steeple.draft.spire_model import FeedbackMemory, embedding, keys_values
 from steeple.errors import InternalError
 from steeple.model.accelerate import accelerate
 from steeple.model.decoder import Decoder, Hidden
 from steeple.model.run import Runner
+from steeple.ops.attention import PagedAttention
 from steeple.ops.law import SamplingBatch
 from steeple.request import Request
 from steeple.types import Batch, Draft, SamplingParams
@@ -64,18 +66,35 @@ class SpireMemory:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """The forwards of a draft over a cache. ``memory``: rows then see only what lies before them."""
+    """The forwards of a draft over a cache. ``memory``: rows then see only what lies before them. ``carry``: the states
+    that the rows' tokens were predicted from enter them."""
 
     runner: Runner
     memory: Memory | None = None
+    carry: Carry | None = None
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Hidden states after the last norm, ``[B, D]``."""
+    def forward(self, batch: Batch, state_BD: Tensor | None) -> Tensor:
+        """Hidden states after the last norm, ``[B, D]``. ``state_BD``: where there is a ``carry``."""
+        added = None if self.carry is None or state_BD is None else self.carry(state_BD)
         if self.memory is None:
-            return self.runner.forward(batch).final_TD
-        hidden = self.runner.forward(batch, keep=self.memory.keep)
+            return self.runner.forward(batch, added=added).final_TD
+        hidden = self.runner.forward(batch, keep=self.memory.keep, added=added)
         self.memory.write(batch, hidden)
         return hidden.final_TD
+
+
+@dataclass(frozen=True, slots=True)
+class SpireParts:
+    """A SPIRe draft in memory: its layers, and its feedback memory and projection of states where it has them."""
+
+    decoder: Decoder
+    memory: FeedbackMemory | None = None
+    carry: Carry | None = None
+
+    def passes(self, cache: LayerCache, attention: PagedAttention) -> Passes:
+        """Its forwards over ``cache``."""
+        memory = None if self.memory is None else SpireMemory(self.decoder, self.memory, cache)
+        return Passes(Runner(self.decoder, cache, attention), memory, self.carry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +121,29 @@ class WindowDrafter:
     """The drafter. Drawn tokens carry the law they were drawn from; greedy requests get chosen tokens.
 
     Args: depth: how far and how wide a draft reaches; view: which keys it reads; passes: makes the forwards over the
-        target's cache.
+        target's cache; carries: whether they carry states.
     """
 
     def __init__(
-        self, depth: DraftShape, view: View, around: Surroundings, passes: Callable[[PagedCache], Passes]
+        self,
+        depth: DraftShape,
+        view: View,
+        around: Surroundings,
+        passes: Callable[[PagedCache], Passes],
+        *,
+        carries: bool = False,
     ) -> None:
         self._k, self._width, self._view, self.around, self._make = depth.k, depth.width, view, around, passes
         self._choice: PageChoice | None = None
         self._sinks: SinkCopies | None = None
+        self._states = CarriedStates() if carries else None
         self._vocab = around.decoder.config.vocab_size
         self._sampling = SamplingBatch.of(())
 
     @property
     def needs(self) -> Needs:
-        return Needs(nodes=self._k * self._width, shares_cache=True, scores=self._view.rule is not None)
+        scores, last_row = self._view.rule is not None, self._states is not None
+        return Needs(nodes=self._k * self._width, shares_cache=True, scores=scores, last_row=last_row)
 
     def prepare(self, cache: PagedCache) -> None:
         """Nothing to allocate but the batches' own memory."""
@@ -158,15 +185,22 @@ class WindowDrafter:
         base = np.fromiter(map(len, requests), np.int64, len(requests)) - 1
         tokens: Ints = np.fromiter([r.newest for r in requests], np.int64, len(requests))
         deepest, rows = int(chain.budget.max()), 0
+        state = None if self._states is None else self._states.of(everyone)
+        before = chain.active(0)
         for depth in range(deepest):
             active = chain.active(depth)
             if active.shape[0] != rows:
                 rows = active.shape[0]
+                if state is not None and rows < state.shape[0]:
+                    state = state[torch.from_numpy(np.searchsorted(before, active)).to(state.device)]
+                before = active
                 ids = everyone if rows == len(everyone) else [everyone[b] for b in active.tolist()]
                 self._open(ids, base[active], deepest)
             batch = self._windows.at(depth, tokens[active] if rows < len(everyone) else tokens)
-            chain.extend(self._passes.forward(batch))
+            hidden = self._passes.forward(batch, state)
+            chain.extend(hidden)
             tokens = chain.tokens[-1]
+            state = None if state is None else hidden
 
     def _open(self, ids: list[str], base: Ints, nodes: int) -> None:
         tables = [self._table(id, int(at) + nodes) for id, at in zip(ids, base, strict=True)]
@@ -189,13 +223,19 @@ class WindowDrafter:
         base, steps = np.array([len(request) - 1]), forced.shape[0]
         self._open([request.id], base, steps)
         tokens = np.concatenate(([request.newest], forced[:-1]))
-        hidden = [self._passes.forward(self._windows.at(j, tokens[j : j + 1])).clone() for j in range(steps)]
+        state = None if self._states is None else self._states.of([request.id])
+        hidden: list[Tensor] = []
+        for j in range(steps):
+            hidden.append(self._passes.forward(self._windows.at(j, tokens[j : j + 1]), state).clone())
+            state = None if state is None else hidden[-1]
         return self._passes.runner.logits(torch.cat(hidden)).softmax(dim=-1)
 
     def observe(self, requests: Sequence[Request], batch: Batch, kept: Sequence[Sequence[int]], hidden: Hidden) -> None:
-        """Choose pages for the next round by what the target's rows attended to. Keys need no care: verification has
-        written those that the next round reads."""
-        del batch, kept
+        """Choose pages for the next round by what the target's rows attended to, and keep the states that the newest
+        tokens were predicted from. Keys need no care: verification has written those that the next round reads."""
+        if self._states is not None:
+            rows = last_rows(requests, batch, kept)
+            self._states.note([requests[b].id for b in rows], list(rows.values()), hidden.final_TD)
         choice = self._choice
         if choice is None or hidden.scores is None:
             return
@@ -209,17 +249,29 @@ class WindowDrafter:
         choice.note([r.id for r in chosen_for], [len(r) for r in chosen_for], scores)
 
     def forget(self, request: Request) -> None:
-        """Nothing is kept of a request but pages chosen for it and copies of its sink."""
+        """Nothing is kept of a request but pages chosen for it, copies of its sink and the state to carry."""
+        if self._states is not None:
+            self._states.forget(request.id)
         if self._choice is not None:
             self._choice.forget(request.id)
         if self._sinks is not None:
             self._sinks.forget(request.id)
 
     def check_integrity(self) -> None:
-        """Chosen pages must have gone with their requests."""
-        for kept in (self._choice, self._sinks):
+        """Chosen pages and carried states must have gone with their requests."""
+        for kept in (self._choice, self._sinks, self._states):
             if kept is not None and kept.remembered:
-                raise InternalError(f"pages of {sorted(kept.remembered)[:4]} are left over")
+                raise InternalError(f"{type(kept).__name__}: {sorted(kept.remembered)[:4]} are left over")
+
+
+def last_rows(requests: Sequence[Request], batch: Batch, kept: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Place in the batch -> the flat row that the newest token was predicted from; of requests that await a round."""
+    first = batch.layout.node_row.tolist()
+    return {
+        b: first[b] + nodes[-1] if nodes else first[b] - 1
+        for b, (request, nodes) in enumerate(zip(requests, kept, strict=True))
+        if request.cached == len(request) - 1 and not request.finished
+    }
 
 
 @torch.inference_mode()

@@ -97,11 +97,17 @@ class Decoder(nn.Module):
         *,
         layers: Sequence[int] | None = None,
         keep: Sequence[int] = (),
+        added_TD: Tensor | None = None,
     ) -> Hidden:
-        """Run ``layers`` (default: all) over the flat tokens and keep the outputs of the layers in ``keep``."""
+        """Run ``layers`` (default: all) over the flat tokens and keep the outputs of the layers in ``keep``.
+
+        ``added_TD``: to the (scaled) embeddings.
+        """
         x_TD = self.embed(tokens_T)
         if self.config.embed_scale != 1.0:
             x_TD = x_TD * torch.tensor(self.config.embed_scale, dtype=x_TD.dtype)
+        if added_TD is not None:
+            x_TD = x_TD + added_TD.to(x_TD.dtype)
         cos_TR, sin_TR = self.cos[positions_T].to(x_TD.dtype), self.sin[positions_T].to(x_TD.dtype)
         kept: dict[int, Tensor] = {}
         for index in range(self.config.num_layers) if layers is None else layers:

@@ -89,9 +89,11 @@ class StepGraphs:
         return next(bucket for bucket in self._buckets if bucket >= rows)
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch, keep: Sequence[int], scores: bool = False) -> Hidden | None:
+    def __call__(
+        self, batch: Batch, keep: Sequence[int], scores: bool = False, added: Tensor | None = None
+    ) -> Hidden | None:
         """Hidden states as from ``Decoder.forward``, the caller's own; None: run the decoder's own forward."""
-        bucket = None if scores else self.bucket(batch)
+        bucket = None if scores or added is not None else self.bucket(batch)
         if bucket is None:
             return None
         static, layers = self._load(batch, bucket), tuple(sorted(set(keep)))

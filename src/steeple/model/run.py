@@ -34,16 +34,24 @@ class Runner:
         """Whether a row rounds alike in any batch: torch's own operations choose another order for every size."""
         return self.whole is not None and self.whole.batch_invariant
 
+    def reserve(self, rows: int) -> None:
+        """Take the room of a forward of ``rows`` rows now, where forwards keep one."""
+        if isinstance(self.whole, NativeForward):
+            self.whole.reserve(rows)
+
     @torch.inference_mode()
-    def forward(self, batch: Batch, *, keep: Sequence[int] = (), scores: bool = False) -> Hidden:
+    def forward(
+        self, batch: Batch, *, keep: Sequence[int] = (), scores: bool = False, added: Tensor | None = None
+    ) -> Hidden:
         """Hidden states of all rows; their keys and values are staged in the cache as pending.
 
-        ``scores``: the scores of the pages of the block tables too, of all layers; see ``Hidden``.
+        ``scores``: the scores of the pages of the block tables too, of all layers; see ``Hidden``. ``added``: to the
+        embeddings, ``[T, D]``.
         """
-        hidden = self.whole(batch, keep, scores) if self.whole is not None else None
-        return self._by_layers(batch, keep, scores) if hidden is None else hidden
+        hidden = self.whole(batch, keep, scores, added) if self.whole is not None else None
+        return self._by_layers(batch, keep, scores, added) if hidden is None else hidden
 
-    def _by_layers(self, batch: Batch, keep: Sequence[int], scores: bool) -> Hidden:
+    def _by_layers(self, batch: Batch, keep: Sequence[int], scores: bool, added: Tensor | None) -> Hidden:
         config = self.decoder.config
         scores_LKE = page_scores(self.decoder, batch) if scores else None
 
@@ -61,7 +69,7 @@ class Runner:
                 page_scores=None if scores_LKE is None else scores_LKE[layer],
             )
 
-        hidden: Hidden = self.decoder(batch.tokens, batch.positions, attend, keep=keep)
+        hidden: Hidden = self.decoder(batch.tokens, batch.positions, attend, keep=keep, added_TD=added)
         return hidden if scores_LKE is None else replace(hidden, scores=scores_LKE)
 
     @torch.inference_mode()

@@ -34,7 +34,9 @@ class WholeForward(Protocol):
 
     batch_invariant: bool
 
-    def __call__(self, batch: Batch, keep: Sequence[int], scores: bool = False) -> Hidden | None:
+    def __call__(
+        self, batch: Batch, keep: Sequence[int], scores: bool = False, added: Tensor | None = None
+    ) -> Hidden | None:
         """Hidden states as from ``Runner.forward``; None: not a batch for this, run the decoder's own."""
         ...
 
@@ -80,7 +82,7 @@ class _Step(ctypes.Structure):
         *((name, _POINTER) for name in ("tokens", "positions", "slots", "cu_rows", "blocks", "cu_blocks", "prefix")),
         *((name, _POINTER) for name in ("ancestors", "text_len", "row_positions")),
         *((name, _SIZE) for name in ("rows", "requests", "entries", "layer_stride", "head_stride")),
-        *((name, _POINTER) for name in ("hidden", "keep", "scores", "parts", "room")),
+        *((name, _POINTER) for name in ("added", "hidden", "keep", "scores", "parts", "room")),
         ("threads", _SIZE),
         ("run", _POINTER),
         ("size", _POINTER),
@@ -128,13 +130,17 @@ class NativeForward:
     def parts(self) -> dict[str, float]:
         return dict(zip(PARTS, self._seconds, strict=True))
 
-    def __call__(self, batch: Batch, keep: Sequence[int], scores: bool = False) -> Hidden | None:
+    def __call__(
+        self, batch: Batch, keep: Sequence[int], scores: bool = False, added: Tensor | None = None
+    ) -> Hidden | None:
         """See ``WholeForward``."""
         config = self._decoder.config
         final_TD = torch.empty((batch.tokens.shape[0], config.hidden_size), dtype=self._decoder.dtype)
         kept = {layer: torch.empty_like(final_TD) for layer in keep}
         step = self._step_of(batch)
         step.hidden = final_TD.data_ptr()
+        added = None if added is None else added.to(final_TD.dtype).contiguous()
+        step.added = None if added is None else added.data_ptr()
         pointers = (_POINTER * (config.num_layers if kept else 0))()
         for layer, x_TD in kept.items():
             pointers[layer] = x_TD.data_ptr()
@@ -158,16 +164,17 @@ class NativeForward:
             step.entries = layout.blocks.shape[0]
             step.layer_stride, step.head_stride = layout.layer_stride, layout.head_stride
             step.run, step.size = self._team
-            step.room = self._room_for(step.rows)
+            self.reserve(step.rows)
+            step.room = self._room.data_ptr()
             self._batch = batch
         return self._step
 
-    def _room_for(self, rows: int) -> int:
-        """Kept from step to step: fresh memory costs a page fault every 4 KiB."""
+    def reserve(self, rows: int) -> None:
+        """Room for ``rows`` rows, kept from step to step: fresh memory costs a page fault every 4 KiB."""
         needed: int = self._room_of(ctypes.byref(self._model), rows)
-        if needed > self._room.numel():  # the step in use is made anew with it
+        if needed > self._room.numel():
             self._room = zeros((needed,), torch.uint8, self._decoder.device)
-        return self._room.data_ptr()
+            self._batch = None  # the step in use points to what was
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """See ``WholeForward``. Not rounded to the dtype of the model."""

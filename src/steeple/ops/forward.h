@@ -50,6 +50,7 @@ struct Step {  // one forward: see steeple.types.Batch
     const int64_t* ancestors;
     const int32_t *text_len, *row_positions;
     int64_t rows, requests, entries, layer_stride, head_stride;  // entries: of the block tables of all layers and heads
+    const char* added;    // [T, D]: to the embeddings, or null
     char* hidden;         // [T, D]: after the last norm
     char* const* keep;    // per layer: [T, D] for its output, or null
     float* scores;        // [L, K, entries of a table]: of the pages, or null
@@ -145,6 +146,7 @@ struct Thread {
             char* x = f.row(f.x, t);
             std::memcpy(x, m.embed + s.tokens[t] * f.row_bytes(), f.row_bytes());
             if (m.embed_scale != 1.0) scale_row(x, m.bf16 ? widen1(narrow1((float)m.embed_scale)) : m.embed_scale);
+            if (s.added) add_row(x, s.added + t * f.row_bytes());
             normed(x, m.layers[0].attention_norm, f.row(f.h, t));
         }
         meet(ROWS_PART);

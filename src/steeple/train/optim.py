@@ -42,11 +42,21 @@ class Rates:
 
 
 class Optimizers:
-    """The optimisers of one model, stepped and saved together. ``others``: parameters beside it, stepped as norms."""
+    """The optimisers of one model, stepped and saved together.
 
-    def __init__(self, model: nn.Module, rates: Rates, others: Sequence[nn.Parameter] = ()) -> None:
+    ``others``: parameters beside it, stepped as norms; ``more_matrices``: stepped as the matrices of the layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rates: Rates,
+        others: Sequence[nn.Parameter] = (),
+        more_matrices: Sequence[nn.Parameter] = (),
+    ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = [p for name, p in named.items() if name.startswith("layers.") and p.ndim == 2]
+        matrices.extend(more_matrices)
         vectors = [p for p in named.values() if p.ndim < 2]
         groups: list[dict[str, Any]] = [
             {"params": [p for name, p in named.items() if name.startswith("embed.")], "lr": rates.embed},

@@ -33,7 +33,7 @@ from steeple.train.spire_config import SpireConfig
 from steeple.train.spire_forward import Student, one_pass, target_forward, target_pass
 from steeple.train.spire_loss import Laws, Rounds, joined_rounds, rounds_of
 from steeple.train.spire_parity import check_parity
-from steeple.train.spire_student import finished, new_student
+from steeple.train.spire_student import begin_from, finished, new_student
 
 OFFSETS_STREAM = 7  # keeps the draws of block offsets apart from those of the data order
 FINAL_TOKENS, PARITY_TOKENS = 65_536, 4096
@@ -58,6 +58,8 @@ class SpireTrainer:
         if stored_dtype(config.target) != exact.dtype:
             exact = load_decoder(config.target, dtype=torch.float32, device=self.device)
         self.student = new_student(exact, self.shape, random_init=config.random_init, seed=config.seed)
+        if config.start is not None:
+            begin_from(self.student, config.start)
         self.tokenizer = prepare_spire_tokens(config, shape.vocab_size, shape.eos_token_ids)
         rates = Rates(
             matrix=config.matrix_lr,
@@ -66,8 +68,13 @@ class SpireTrainer:
             norm=config.matrix_lr,
             weight_decay=config.weight_decay,
         )
-        memory = self.student.memory
-        self.optimizers = Optimizers(self.student.draft, rates, () if memory is None else (memory.mix,))
+        memory, carry = self.student.memory, self.student.carry
+        self.optimizers = Optimizers(
+            self.student.draft,
+            rates,
+            () if memory is None else (memory.mix,),
+            () if carry is None else list(carry.parameters()),
+        )
         self.laws = self._laws(self.target, self.student.draft)
         # Only training is compiled: validation has other shapes, and each takes minutes to compile.
         self._run_target, self._trained, self._trained_laws = target_pass, self.student, self.laws
@@ -80,6 +87,8 @@ class SpireTrainer:
         self.modules = nn.ModuleDict({"draft": self.student.draft})
         if memory is not None:
             self.modules["memory"] = memory
+        if carry is not None:
+            self.modules["carry"] = carry
         self.progress = self._restored()
 
     def _laws(self, target: Decoder, draft: Decoder, *, compiled: bool = False) -> Laws:
@@ -94,15 +103,17 @@ class SpireTrainer:
             "hard_targets": self.config.hard_targets,
             "alpha_weight": self.config.alpha_weight,
             "target": str(self.config.target),
+            "start": str(self.config.start or ""),
         }
         restored = load_checkpoint(self.config.run, self.modules, self.optimizers)
         if restored is None:
             return {"step": 0, "seconds": 0.0, "switches": switches}
         for name, value in switches.items():
-            if restored.get("switches", {}).get(name) != value:
+            begun = restored.get("switches", {}).get(name)
+            if begun != value:
                 raise StorageError(
-                    f"The run in {str(self.config.run)!r} was begun with {name} = "
-                    f"{restored.get('switches', {}).get(name)!r}, not {value!r}; give another run folder or remove it."
+                    f"The run in {str(self.config.run)!r} was begun with {name} = {begun!r}, not {value!r}; give "
+                    "another run folder or remove it."
                 )
         return restored
 

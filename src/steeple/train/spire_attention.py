@@ -182,30 +182,34 @@ class OnePass:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryPass:
-    """The draft's attention in one pass with feedback memory: one row per block, ``[B * G * g]`` in all.
+class BlockPass:
+    """The draft's attention in one of k passes: one row per block, ``[B * G * g]`` in all.
 
     Args:
         masks: for each layer.
         committed: for each layer, gathered already, ``[B, G, M, K, H]``.
-        memory: for each layer and earlier offset, keys and values ``[B * G * g, K, H]``.
+        own: for each layer and earlier offset, keys and values ``[B * G * g, K, H]``.
+        sees_itself: a row's own keys and values are put there first; without, somebody else does it afterwards.
     """
 
     blocks: Blocks
     config: ModelConfig
     masks: Sequence[Mask]
     committed: Sequence[KV]
-    memory: Sequence[Sequence[KV]]
+    own: Sequence[list[KV]]
+    sees_itself: bool
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        if self.sees_itself:
+            self.own[layer].append((k_TKH.to(v_TKH.dtype), v_TKH))
         q = q_TNH.to(v_TKH.dtype).unflatten(0, (-1, self.blocks.groups, self.blocks.group))
         own = (self._earlier(layer, 0, q, k_TKH), self._earlier(layer, 1, q, v_TKH))
         return two_sources(q, self.committed[layer], own, self.masks[layer], self.config)
 
     def _earlier(self, layer: int, part: int, q: Tensor, like_TKH: Tensor) -> Tensor:
-        """Keys (part 0) or values (1) of earlier offsets, ``[B, G, g * offset, K, H]``, block after block."""
+        """Keys (part 0) or values (1) of the offsets so far, ``[B, G, g * offsets, K, H]``, block after block."""
         heads = like_TKH.shape[1:]
-        if not self.memory[layer]:
+        if not self.own[layer]:
             return q.new_zeros((*q.shape[:2], 0, *heads))
-        parts = [pair[part].to(q.dtype).view(*q.shape[:3], *heads) for pair in self.memory[layer]]
+        parts = [pair[part].to(q.dtype).view(*q.shape[:3], *heads) for pair in self.own[layer]]
         return torch.stack(parts, dim=3).flatten(2, 3)

@@ -136,6 +136,8 @@ def write_draft(
     student.shape.save(config.out)
     if student.memory is not None:
         student.memory.save(config.out)
+    if student.carry is not None:
+        student.carry.save(config.out, stored)
     tokenizer.save_pretrained(config.out)
     special = {"bos_token_id": hf_config.bos_token_id, "eos_token_id": hf_config.eos_token_id}
     GenerationConfig(**special).save_pretrained(config.out)
@@ -171,7 +173,7 @@ def _record(config: SpireConfig, student: Student, progress: dict[str, Any]) -> 
         "target": config.target.resolve().name,
         "shape": {**asdict(student.shape), "target_layers": list(student.shape.target_layers)},
         "memory_mix": mix,
-        "parameters": sum(p.numel() for p in student.draft.parameters()),
+        "parameters": sum(p.numel() for m in (student.draft, student.carry) if m is not None for p in m.parameters()),
         "body_parameters": student.draft.config.body_parameters(),
         "data": STDLIB.format(python=platform.python_version()) if not config.data else f"{', '.join(config.data)}.",
         "steps": progress["step"],
@@ -234,13 +236,22 @@ def _attention(spire: dict[str, Any]) -> str:
 
 
 def _memory(record: dict[str, Any]) -> str:
+    carried = (
+        "\nThe state that a token was predicted from is projected into its input: for the newest token of the text the "
+        "target's, in flight the draft's own."
+    )
+    text = carried if record["shape"].get("carry") else ""
     if record["memory_mix"] is None:
-        return ""
+        return text
     rows = "; ".join(" ".join(f"{v:.2f}" for v in row) for row in record["memory_mix"])
-    return f"\nKeys in flight come from a mix of embedding and layer outputs of earlier positions; by layer: {rows}."
+    mixed = f"\nKeys in flight come from a mix of embedding and layer outputs of earlier positions; by layer: {rows}."
+    return text + mixed
 
 
 def _begin(record: dict[str, Any]) -> str:
+    start = record["settings"].get("start")
+    if start:
+        return f"Begun from the draft `{Path(start).name}`, trained before."
     if record["settings"]["random_init"]:
         return "Random weights to begin with" + (", but for the keys' and values'." if _reads(record["shape"]) else ".")
     layers = record["shape"]["target_layers"]

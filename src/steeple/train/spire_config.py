@@ -30,6 +30,8 @@ class SpireConfig:
         target_activations: cached keys come from the target; without, the draft computes its own.
         feedback: keys in flight come from a learned mix of the draft's states at earlier positions.
         own_keys: train projections for keys and values; the target's cache can then not be read.
+        start: folder of a trained draft to begin from instead; parts that it lacks begin as ever.
+        carry: the state that a token was predicted from is projected into its input; the target's for the root.
         hard_targets: learn the text's next token instead of the target's law.
         alpha_weight: share of the loss that is minus the chance of acceptance; the rest is distillation.
         tokens: the budget; the schedule is a function of it.
@@ -63,9 +65,11 @@ class SpireConfig:
     k: int = 6
     dense: bool = False
     random_init: bool = False
+    start: Path | None = None
     target_activations: bool = True
     feedback: bool = False
     own_keys: bool = False
+    carry: bool = False
     hard_targets: bool = False
     alpha_weight: float = 0.5
     tokens: int = 2_000_000
@@ -128,4 +132,5 @@ class SpireConfig:
             own_keys=self.own_keys,
             dense=self.dense,
             target_activations=self.target_activations,
+            carry=self.carry,
         )

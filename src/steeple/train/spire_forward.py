@@ -1,6 +1,7 @@
 """The two forwards of SPIRe's training: the target's, once and without gradients, and the draft's over blocks.
 
-With feedback memory the draft makes k passes over every k-th position; all together they process each position once.
+With feedback memory or carried states the draft makes k passes over every k-th position; all together they process each
+position once.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from steeple.draft.carry import Carry
 from steeple.draft.spire_model import FeedbackMemory, SpireShape, embedding, keys_values
 from steeple.errors import UnsupportedModel
 from steeple.model.decoder import Decoder
-from steeple.train.spire_attention import KV, Blocks, Mask, MemoryPass, OnePass
+from steeple.train.spire_attention import KV, BlockPass, Blocks, Mask, OnePass
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +104,14 @@ def one_pass(draft: Decoder, tokens_T: Tensor, positions_T: Tensor, attend: OneP
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """The draft in training. ``memory``: its feedback memory, if it has one. ``one_pass``: may be a compiled one."""
+    """The draft in training. ``memory``: its feedback memory, if it has one; ``carry``: its projection of states.
+    ``one_pass``: may be a compiled one.
+    """
 
     draft: Decoder
     shape: SpireShape
     memory: FeedbackMemory | None = None
+    carry: Carry | None = None
     one_pass: OnePassForward = one_pass
 
     def forward(self, tokens_BS: Tensor, seen: Seen, offset: int) -> Tensor:
@@ -114,8 +119,10 @@ class Student:
         B, S = tokens_BS.shape
         blocks = Blocks(self.shape, S, offset, tokens_BS.device)
         committed = self._committed(seen, torch.arange(S, device=tokens_BS.device).repeat(B))
-        run = self._one_pass if self.memory is None else self._passes
-        hidden_BXD = run(tokens_BS, committed, blocks)
+        if self.memory is None and self.carry is None:
+            hidden_BXD = self._one_pass(tokens_BS, committed, blocks)
+        else:
+            hidden_BXD = self._passes(tokens_BS, seen.final_TD, committed, blocks)
         return hidden_BXD.index_select(1, blocks.whole).flatten(0, 1)
 
     def _committed(self, seen: Seen, positions_T: Tensor) -> list[KV]:
@@ -144,24 +151,34 @@ class Student:
         final_TD = self.one_pass(self.draft, tokens_BS[:, places].flatten(), places.repeat(len(tokens_BS)), attend)
         return final_TD.unflatten(0, (len(tokens_BS), -1))
 
-    def _passes(self, tokens_BS: Tensor, committed: list[KV], blocks: Blocks) -> Tensor:
-        assert self.memory is not None  # ``forward`` chose
+    def _passes(self, tokens_BS: Tensor, target_TD: Tensor, committed: list[KV], blocks: Blocks) -> Tensor:
         config, rows, dtype = self.draft.config, len(tokens_BS), self._compute_dtype()
         gathered = [(blocks.collect(k.to(dtype)), blocks.collect(v.to(dtype))) for k, v in committed]
         own: list[list[KV]] = [[] for _ in range(config.num_layers)]
+        sees_itself = self.memory is None
+        keep = range(0 if sees_itself else config.num_layers)
+        state_TD = self._before(target_TD, rows, blocks)
         finals = []
         for j in range(self.shape.k):
             places = blocks.places[:, :, j].flatten()
             tokens, positions = tokens_BS[:, places].flatten(), places.repeat(rows)
-            masks = self._masks(blocks, slice(j, j + 1), slice(0, j))
-            attend = MemoryPass(blocks, config, masks, gathered, own)
-            hidden = self.draft(tokens, positions, attend, keep=range(config.num_layers))
+            masks = self._masks(blocks, slice(j, j + 1), slice(0, j + 1 if sees_itself else j))
+            attend = BlockPass(blocks, config, masks, gathered, own, sees_itself)
+            after = (blocks.positions[:, :, j] > 0).flatten().repeat(rows).unsqueeze(1)  # nothing precedes a text
+            added = None if self.carry is None else self.carry(state_TD * after)
+            hidden = self.draft(tokens, positions, attend, keep=keep, added_TD=added)
             finals.append(hidden.final_TD)
-            if j + 1 < self.shape.k:
+            state_TD = hidden.final_TD
+            if self.memory is not None and j + 1 < self.shape.k:
                 states = [embedding(self.draft, tokens), *(hidden.kept[i] for i in range(config.num_layers))]
                 for i, m_TD in enumerate(self.memory(states)):
                     own[i].append(keys_values(self.draft, i, m_TD, positions))
         return torch.stack(finals, dim=1).view(rows, -1, finals[0].shape[-1])  # offsets within blocks
+
+    def _before(self, target_TD: Tensor, rows: int, blocks: Blocks) -> Tensor:
+        """The target's states before the first position of every block, ``[B * G * g, D]``."""
+        before = (blocks.places[:, :, 0].flatten() - 1).clamp(min=0)
+        return target_TD.unflatten(0, (rows, -1)).index_select(1, before).flatten(0, 1)
 
     def _compute_dtype(self) -> torch.dtype:
         device = self.draft.device.type

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steeple.draft.base import Surroundings
-from steeple.draft.spire import SpireDraftConfig, draft_laws, spire_drafter
+from steeple.draft.spire import SpireDraftConfig, SpireParts, draft_laws, spire_drafter
 from steeple.errors import ModelError
 from steeple.model.decoder import Decoder
 from steeple.ops.kernels import kernels
@@ -79,6 +79,9 @@ def drafter_laws(target: Decoder, student: Student) -> EngineLaws:
     draft, operations = copy.deepcopy(student.draft), kernels(target.device)
     for decoder in (target, draft):
         decoder.use(operations)
+    carry = copy.deepcopy(student.carry)
+    if carry is not None:
+        carry.projection.use(operations.pack)
     around = Surroundings(
         decoder=target,
         tokenizer=None,
@@ -89,5 +92,7 @@ def drafter_laws(target: Decoder, student: Student) -> EngineLaws:
         block_size=student.shape.page,
         step_tokens=max(LENGTHS),
     )
-    drafter = spire_drafter(SpireDraftConfig(k=student.shape.k), student.shape, draft, student.memory, around)
+    drafter = spire_drafter(
+        SpireDraftConfig(k=student.shape.k), student.shape, SpireParts(draft, student.memory, carry), around
+    )
     return lambda text, forced: draft_laws(drafter, text.tolist(), forced.tolist())

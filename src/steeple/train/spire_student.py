@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from steeple.config import ModelConfig
+from steeple.draft.carry import Carry
 from steeple.draft.spire_model import FeedbackMemory, SpireShape, prune
+from steeple.errors import ConfigError
 from steeple.model.decoder import Decoder
 from steeple.model.layers import Attention, Linear
+from steeple.model.load import load_decoder
 from steeple.train.shape import init_weights
 from steeple.train.spire_forward import Student
 
@@ -59,7 +64,8 @@ def new_student(target: Decoder, shape: SpireShape, *, random_init: bool, seed: 
     if shape.reads_target_cache:
         _freeze_keys(draft)
     memory = FeedbackMemory(draft.config.num_layers).to(draft.device) if shape.feedback else None
-    return Student(draft, shape, memory)
+    carry = Carry(draft.config.hidden_size).to(draft.device) if shape.carry else None
+    return Student(draft, shape, memory, carry)
 
 
 def _query_rows(draft: Decoder) -> int:
@@ -86,6 +92,57 @@ def _freeze_keys(draft: Decoder) -> None:
 
 
 @torch.no_grad()
+def begin_from(student: Student, folder: Path) -> None:
+    """Give the student the weights of the trained draft in ``folder``; what that draft lacks stays as it is.
+
+    Raises:
+        ConfigError: it has other layers, or keys from elsewhere.
+    """
+    shape = SpireShape.load(folder)
+    for name in ("target_layers", "own_keys", "target_activations"):
+        ours, theirs = getattr(student.shape, name), getattr(shape, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"SpireConfig.start = {str(folder)!r} has {name} = {theirs!r}, not {ours!r}; give equal ones."
+            )
+    trained = load_decoder(folder, dtype=torch.float32, device=student.draft.device)
+    check_same_shape(student.draft.config, trained.config, folder)
+    weights: dict[str, Tensor] = dict(trained.named_parameters())
+    for name, value in student.draft.named_parameters():
+        module, _, kind = name.rpartition(".")
+        held = student.draft.get_submodule(module)
+        if isinstance(held, HeldKeys):
+            if value.requires_grad:
+                fused = weights[f"{module}.{'bias' if kind.endswith('bias') else 'weight'}"]
+                value.copy_(fused[: len(held.queries)])
+        elif value.requires_grad:
+            value.copy_(weights[name])
+    if student.memory is not None and shape.feedback:
+        student.memory.mix.copy_(FeedbackMemory.load(folder).mix)
+    if student.carry is not None and shape.carry:
+        carry = Carry.load(folder, trained.config.hidden_size, torch.float32, student.draft.device)
+        student.carry.projection.weight.copy_(carry.projection.weight)
+
+
+def check_same_shape(ours: ModelConfig, theirs: ModelConfig, folder: Path) -> None:
+    """Raise ``ConfigError`` if a draft of the shape ``theirs`` cannot serve as one of ``ours``."""
+    for name in (
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+    ):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ConfigError(
+                f"SpireConfig.start = {str(folder)!r} has {name} = {getattr(theirs, name)}, the draft to be trained "
+                f"{getattr(ours, name)}; give a draft of the same target."
+            )
+
+
+@torch.no_grad()
 def finished(student: Student, stored: torch.dtype) -> Student:
     """A copy for inference in float32, its weights rounded to the type that they will be stored in."""
     source = student.draft
@@ -100,4 +157,8 @@ def finished(student: Student, stored: torch.dtype) -> Student:
         draft.head.weight = draft.embed.weight
     draft.reset_rope()
     memory = None if student.memory is None else copy.deepcopy(student.memory).requires_grad_(False)
-    return Student(draft.requires_grad_(False).eval(), student.shape, memory)
+    carry = None
+    if student.carry is not None:
+        carry = copy.deepcopy(student.carry).requires_grad_(False)
+        carry.projection.weight.copy_(carry.projection.weight.to(stored))
+    return Student(draft.requires_grad_(False).eval(), student.shape, memory, carry)

@@ -41,9 +41,9 @@ class FilledCache(PagedCache):
                 rows = slots.shape[0]
                 attention.write_kv(keys, values, slots, k_TKH[:rows], v_TKH[:rows])
 
-    def attach(self, request_id: str, tokens: NDArray[np.int64]) -> int:
+    def attach(self, request_id: str, tokens: NDArray[np.int64], left: int = 1) -> int:
         """Begin a request and reserve its text; ``InternalError`` if there is no room, which the caller saw to."""
-        super().attach(request_id, tokens)
+        super().attach(request_id, tokens, left)
         if not self.reserve(request_id, len(tokens) - 1):
             raise InternalError(f"the cache of a step bench has no room for request {request_id}")
         return len(tokens) - 1
