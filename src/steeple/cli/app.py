@@ -27,7 +27,7 @@ TRAIN = {
 }
 BENCH = {"step": ("steeple.cli.bench_step", "Time one step, part by part, against the machine's floor.")}
 PLAN = {
-    "fleet": ("steeple.cli.plan_fleet", "Simulate a serving fleet: GPUs, latencies and cost, with and without drafters."),
+    "fleet": ("steeple.cli.plan_fleet", "Simulate a serving fleet: GPUs, latencies, cost, with and without drafters."),
     "laws": ("steeple.cli.plan_laws", "Fit scaling laws of drafters to a table of runs; say what to train next."),
 }
 BELOW = {"bench": BENCH, "plan": PLAN}
