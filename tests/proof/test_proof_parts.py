@@ -139,6 +139,12 @@ def test_the_joint_law_is_the_product_along_every_branch(target: LoadedModel) ->
         assert value == pytest.approx(expected, abs=1e-4)
 
 
+def test_without_a_filter_no_token_is_cut_by_rounding() -> None:
+    law = processed_law(-0.7 * np.arange(200.0), SamplingParams(temperature=1.0), [1], [])
+    assert np.cumsum(law)[60] >= 1.0
+    assert (law > 0).all()
+
+
 def test_unlikely_branches_are_one_outcome_of_their_path(target: LoadedModel) -> None:
     params, least = SamplingParams(temperature=0.7), 0.02
     whole = exact_law(target, [5, 6, 7, 8], params, 2, rounding=0.0)

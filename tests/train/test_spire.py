@@ -257,6 +257,42 @@ def test_the_switches_train_and_agree_with_the_engine(place: Path, tmp_path: Pat
         assert carry.projection.weight.abs().max() > 0
 
 
+def test_a_finished_draft_has_the_weights_that_will_be_stored(place: Path, tmp_path: Path) -> None:
+    trainer = training.SpireTrainer(settings(place, tmp_path, tokens=BATCH, carry=True))
+    assert trainer.student.carry is not None
+    trainer.student.carry.projection.weight.data.normal_()
+    draft = training.finished(trainer.student, torch.bfloat16)
+    assert draft.carry is not None
+    for weight in (draft.carry.projection.weight, draft.draft.embed.weight):
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, weight.bfloat16().float())
+    assert not torch.equal(draft.carry.projection.weight, trainer.student.carry.projection.weight)
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_training_may_begin_from_a_trained_draft(
+    place: Path, straight: SpireConfig, tmp_path: Path, carry: bool
+) -> None:
+    config = settings(place, tmp_path, tokens=BATCH, start=straight.out, carry=carry)
+    trainer = training.SpireTrainer(config)
+    begun, ended = (
+        training.finished(student, torch.float32).draft.state_dict()
+        for student in (trainer.student, training.SpireTrainer(straight).student)
+    )
+    assert all(torch.equal(begun[name], value) for name, value in ended.items())
+    record = train_spire(config)
+    assert record["parity"] < 1e-5
+    assert record["begun_from"]["tokens"] == straight.tokens
+    assert "Begun from a trained draft" in (config.out / "README.md").read_text()
+
+
+def test_a_draft_of_another_shape_is_no_beginning(place: Path, straight: SpireConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has own_keys = False, not True"):
+        train_spire(settings(place, tmp_path, start=straight.out, own_keys=True))
+    with pytest.raises(ConfigError, match="has target_layers"):
+        train_spire(settings(place, tmp_path, start=straight.out, layers=1))
+
+
 def test_a_qwen3_target_in_bfloat16(place: Path, tmp_path: Path) -> None:
     config = transformers.Qwen3Config(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,

@@ -170,6 +170,7 @@ def _record(config: SpireConfig, student: Student, progress: dict[str, Any]) -> 
     return {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "command": command(config, "steeple train spire"),
+        "begun_from": _earlier(config.start),
         "target": config.target.resolve().name,
         "shape": {**asdict(student.shape), "target_layers": list(student.shape.target_layers)},
         "memory_mix": mix,
@@ -184,6 +185,15 @@ def _record(config: SpireConfig, student: Student, progress: dict[str, Any]) -> 
         "train_loss_steps": len(last),
         "curve": curve(log),
     }
+
+
+def _earlier(start: Path | None) -> dict[str, Any] | None:
+    """What is on record of the draft that training began from."""
+    path = None if start is None else start / RECORD
+    if path is None or not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {name: record.get(name) for name in ("command", "begun_from", "tokens", "steps", "seconds", "tau")}
 
 
 def spire_card(record: dict[str, Any]) -> str:
@@ -251,7 +261,10 @@ def _memory(record: dict[str, Any]) -> str:
 def _begin(record: dict[str, Any]) -> str:
     start = record["settings"].get("start")
     if start:
-        return f"Begun from the draft `{Path(start).name}`, trained before."
+        earlier = record["begun_from"]
+        return "Begun from a trained draft" + (
+            "." if earlier is None else f" ({earlier['tokens']:,} tokens, `{earlier['command']}`)."
+        )
     if record["settings"]["random_init"]:
         return "Random weights to begin with" + (", but for the keys' and values'." if _reads(record["shape"]) else ".")
     layers = record["shape"]["target_layers"]
