@@ -22,7 +22,7 @@ from steeple.draft.sparse_self import SparseSelfConfig
 from steeple.draft.spire import SpireDraftConfig, SpireParts, check_draft, draft_laws, spire_drafter
 from steeple.draft.spire_model import FeedbackMemory, SpireShape, embedding, keys_values, prune
 from steeple.draft.windowed import WindowDrafter
-from steeple.errors import ConfigError, StorageError
+from steeple.errors import ConfigError, StorageError, WeightError
 from steeple.model.decoder import Decoder
 from steeple.model.load import load_decoder
 from steeple.model.save import save_decoder
@@ -260,13 +260,32 @@ def test_a_draft_loads_from_its_folder_or_stands_beside_its_target(
 ) -> None:
     shutil.copytree(folder, tmp_path / "target")
     draft, memory = a_draft(target), a_memory()
-    out = saved(draft, folder, tmp_path / "spire", feedback=True)
+    carry = Carry(target.config.hidden_size).requires_grad_(False)
+    carry.projection.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(5))
+    out = saved(draft, folder, tmp_path / "spire", feedback=True, carry=True)
     memory.save(out)
-    expected = slow_laws(target, draft, Window(4, 6), memory)
+    with pytest.raises(WeightError, match=r"carry\.safetensors cannot be read"):
+        SpireDraftConfig(model=str(out)).build(around(target, ReferenceAttention()))
+    carry.save(out, torch.float32)
+    expected = slow_laws(target, draft, Window(4, 6), memory, carry=carry)
     for config in (SpireDraftConfig(model=str(out)), SpireDraftConfig()):
         drafter = config.build(around(target, ReferenceAttention(), tmp_path / "target"))
         assert isinstance(drafter, WindowDrafter)
         torch.testing.assert_close(draft_laws(drafter, TEXT, FORCED), expected, atol=1e-5, rtol=0)
+
+
+def test_a_draft_of_eight_bits_drafts_almost_the_same(folder: Path, target: Decoder, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    made = saved(a_draft(target), folder, tmp_path / "draft")
+    laws = []
+    for spec in (f"spire:model={made}", f"spire:model={made}+weights=int8"):
+        config = drafter_config(spec)
+        assert config is not None
+        drafter = config.build(around(target, attention_backend(CPU)))
+        assert isinstance(drafter, WindowDrafter)
+        laws.append(draft_laws(drafter, TEXT, FORCED))
+    gap = (laws[0] - laws[1]).abs().max()
+    assert 1e-5 < gap < 0.05
 
 
 def test_a_draft_of_another_target_is_refused(folder: Path, target: Decoder, tmp_path: Path) -> None:
@@ -308,6 +327,7 @@ def test_a_missing_draft_says_how_to_get_one(folder: Path, target: Decoder) -> N
         ("sparse_self:k=32+width=2", r"sparse_self\.k = 32 times sparse_self\.width = 2 are more than 63 nodes"),
         ("sparse_self:windo=3", "Did you mean 'window'"),
         ("sparse_self:window=3+k", "'k' is no setting"),
+        ("spire:weights=int4", r"spire\.weights = 'int4'.*Did you mean 'int8'"),
         ("spire:width=0", r"spire\.width = 0 is out of range"),
         ("auto-k:k=0", r"auto-k\.k = 0 is out of range"),
     ],

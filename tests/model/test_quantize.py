@@ -72,7 +72,7 @@ def test_a_row_is_rounded_alike_in_any_batch(rows: int, tmp_path: Path) -> None:
 def test_without_torchao_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     decoder = loaded(published("llama"), tmp_path)
-    with pytest.raises(ConfigError, match=r"EngineConfig.weights = 'int8' needs torchao .* pip install torchao"):
+    with pytest.raises(ConfigError, match=r"weights = 'int8' needs torchao .* pip install torchao"):
         quantize_weights(decoder)
 
 

@@ -8,6 +8,7 @@ Loses to plain decoding where the target's verification is bound by arithmetic (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,15 +25,18 @@ from steeple.draft.ringed import RingDrafter
 from steeple.draft.sparse_self import check_draft_shape, choice_rule
 from steeple.draft.spire_model import SHAPE_FILE, FeedbackMemory, SpireShape
 from steeple.draft.windowed import DraftShape, Passes, SpireParts, View, WindowDrafter, draft_laws
-from steeple.errors import ConfigError
+from steeple.errors import ConfigError, did_you_mean
 from steeple.model.decoder import Decoder
 from steeple.model.layers import Layer
 from steeple.model.load import load_decoder
+from steeple.model.quantize import quantize_weights
 from steeple.ops.linear import quantised
 from steeple.plan.memory_parts import FLOAT, DraftMemory, Lay, linear_bytes, weight_bytes
 
 __all__ = ["SpireDraftConfig", "SpireParts", "check_draft", "draft_laws", "spire_drafter"]
 
+# SpireDraftConfig.weights -> what is done to the draft as loaded
+LOADED: dict[str, Callable[[Decoder], None]] = {"stored": lambda _decoder: None, "int8": quantize_weights}
 SAME_KEYS = 0.05  # relative difference of key and value projections; quantising a target to 8 bits makes about 0.01
 
 
@@ -46,8 +50,11 @@ class SpireDraftConfig:
     budget: float = field(default=128.0, metadata={"help": "positions to choose, or up to 1 a share of the text"})
     k: int = field(default=4, metadata={"help": "depth of the draft"})
     width: int = field(default=1, metadata={"help": "greedy requests: tokens proposed per depth"})
+    weights: str = field(default="stored", metadata={"help": "the draft's: stored, or int8 (needs torchao)"})
 
     def __post_init__(self) -> None:
+        if self.weights not in LOADED:
+            raise ConfigError(f"spire.weights = {self.weights!r}. {did_you_mean(self.weights, LOADED)}")
         choice_rule("spire", self.choose, self.budget)
         check_draft_shape("spire", self.k, self.width)
 
@@ -59,6 +66,7 @@ class SpireDraftConfig:
         decoder = load_decoder(folder, dtype=around.dtype, device=around.device, max_context=limit)
         memory = FeedbackMemory.load(folder).to(around.device) if shape.feedback else None
         check_draft(shape, decoder, target, folder)
+        LOADED[self.weights](decoder)
         decoder.use(around.kernels)
         carry = None
         if shape.carry:
@@ -71,7 +79,9 @@ class SpireDraftConfig:
         folder = Path(hf.resolve(self.model)) if self.model else _sibling(around)
         shape, config = SpireShape.load(folder), stored_config(folder, around)
         width, n = config.hidden_size, config.num_layers
-        held = weight_bytes(config, lay) + (FLOAT * n * (n + 1) if shape.feedback else 0)
+        held = weight_bytes(config, replace(lay, int8=LOADED[self.weights] is quantize_weights)) + (
+            FLOAT * n * (n + 1) if shape.feedback else 0
+        )
         return DraftMemory(
             held=held + (linear_bytes(width, width, lay) if shape.carry else 0),
             keys=key_bytes_per_token(config, lay) if shape.own_keys else 0,

@@ -26,7 +26,7 @@ def quantize_weights(decoder: Decoder) -> None:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ConfigError(
-            f"EngineConfig.weights = 'int8' needs torchao ({error}); pip install torchao, or leave weights as stored."
+            f"weights = 'int8' needs torchao ({error}); pip install torchao, or leave weights as stored."
         ) from error
 
     def wanted(module: nn.Module, _name: str) -> bool:
