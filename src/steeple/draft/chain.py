@@ -15,6 +15,7 @@ from torch import Tensor
 from steeple.cache.batch import Ints
 from steeple.draft.base import chain_forest
 from steeple.draft.tree import chain_with_leaves
+from steeple.model.rounds import Draws
 from steeple.model.run import Runner
 from steeple.ops.law import Counts, SamplingBatch, argmax, count_text, draw, penalise, probabilities
 from steeple.ops.rng import Stream
@@ -53,6 +54,27 @@ class Chain:
             self._uniform = sampling.generators.uniform(counter, Stream.DRAFT, lanes)
             self._probs = torch.empty(int(self.budget.sum()), vocab, device=self._device)
             self._written = 0  # rows of the laws
+
+    @property
+    def plain(self) -> bool:
+        """Whether all chains are equally deep, and every node is the likeliest or drawn from the softmax of its logits
+        over temperature: what one native call can do for a whole round."""
+        laws = self._sampling.laws
+        alike = self._shortest == int(self.budget.max()) and self._width == 1 and self._counts is None
+        whole = self._runner.decoder.config.vocab_size == self._vocab
+        return alike and whole and (self._probs is None or not (laws.any_greedy or laws.truncated))
+
+    @property
+    def draws(self) -> Draws | None:
+        """What a ``plain`` round draws by; None: it takes the likeliest tokens."""
+        if self._probs is None:
+            return None
+        return Draws(self._sampling.laws.temperature, self._uniform, self._probs)
+
+    def fill(self, tokens_kB: Ints) -> None:
+        """All nodes of a ``plain`` round, whose laws have been written already."""
+        self.tokens = list(tokens_kB)
+        self._drawn = [self._everyone] * tokens_kB.shape[0]
 
     def active(self, depth: int) -> Ints:
         """Places whose budget asks for a node at ``depth``."""

@@ -28,6 +28,7 @@ from steeple.draft.spire_model import FeedbackMemory, embedding, keys_values
 from steeple.errors import InternalError
 from steeple.model.accelerate import accelerate
 from steeple.model.decoder import Decoder, Hidden
+from steeple.model.rounds import NativeRound, native_round
 from steeple.model.run import Runner
 from steeple.ops.attention import PagedAttention
 from steeple.ops.law import SamplingBatch
@@ -136,6 +137,7 @@ class WindowDrafter:
         self._k, self._width, self._view, self.around, self._make = depth.k, depth.width, view, around, passes
         self._choice: PageChoice | None = None
         self._sinks: SinkCopies | None = None
+        self._round: NativeRound | None = None
         self._states = CarriedStates() if carries else None
         self._vocab = around.decoder.config.vocab_size
         self._sampling = SamplingBatch.of(())
@@ -158,6 +160,8 @@ class WindowDrafter:
             layers = slice(view.first_layer, view.first_layer + shape.num_layers)
             self._choice = PageChoice(view.rule, view.window, size, layers)
         self._sinks = self._sink_copies(cache) if view.compact else None
+        carry = None if self._passes.carry is None else self._passes.carry.projection
+        self._round = None if strict else native_round(self._passes.runner, carry)
 
     def _sink_copies(self, cache: PagedCache) -> SinkCopies:
         decoder, runner = self._passes.runner.decoder, self._passes.runner
@@ -185,6 +189,11 @@ class WindowDrafter:
         base = np.fromiter(map(len, requests), np.int64, len(requests)) - 1
         tokens: Ints = np.fromiter([r.newest for r in requests], np.int64, len(requests))
         deepest, rows = int(chain.budget.max()), 0
+        if self._round is not None and chain.plain:
+            self._open(everyone, base, deepest)
+            carried = None if self._states is None else self._states.of(everyone)
+            chain.fill(self._round(self._windows.all(tokens), chain.draws, carried))
+            return
         state = None if self._states is None else self._states.of(everyone)
         before = chain.active(0)
         for depth in range(deepest):

@@ -106,7 +106,7 @@ class NativeForward:
         self._room_of.argtypes, self._room_of.restype = [_POINTER, _SIZE], _SIZE
         self._forward.argtypes = [_POINTER, _POINTER]
         self._head.argtypes = [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER]
-        self._decoder, self._cache = decoder, cache  # the pointers below are into their memory
+        self.decoder, self._cache = decoder, cache  # the pointers below are into their memory
         self._team = (torch_team(), team_size())
         self._layers = (_Layer * decoder.config.num_layers)(
             *(_layer(decoder, cache, index) for index in range(decoder.config.num_layers))
@@ -118,6 +118,14 @@ class NativeForward:
         self._step = _Step()
         self._room = zeros((0,), torch.uint8, decoder.device)
         self.timing = False
+
+    def at(self, batch: Batch) -> tuple[int, int]:
+        """Addresses of the model and of the step of ``batch``, for other native calls; valid until the next one."""
+        step = self._step_of(batch)
+        step.keep = step.scores = step.added = step.hidden = None
+        step.parts = ctypes.addressof(self._seconds) if self.timing else None
+        step.threads = torch.get_num_threads()
+        return self._model_at, ctypes.addressof(step)
 
     @staticmethod
     def supported(decoder: Decoder, cache: LayerCache) -> bool:
@@ -134,8 +142,8 @@ class NativeForward:
         self, batch: Batch, keep: Sequence[int], scores: bool = False, added: Tensor | None = None
     ) -> Hidden | None:
         """See ``WholeForward``."""
-        config = self._decoder.config
-        final_TD = torch.empty((batch.tokens.shape[0], config.hidden_size), dtype=self._decoder.dtype)
+        config = self.decoder.config
+        final_TD = torch.empty((batch.tokens.shape[0], config.hidden_size), dtype=self.decoder.dtype)
         kept = {layer: torch.empty_like(final_TD) for layer in keep}
         step = self._step_of(batch)
         step.hidden = final_TD.data_ptr()
@@ -145,11 +153,11 @@ class NativeForward:
         for layer, x_TD in kept.items():
             pointers[layer] = x_TD.data_ptr()
         step.keep = ctypes.addressof(pointers) if kept else None
-        scores_LKE = page_scores(self._decoder, batch) if scores else None
+        scores_LKE = page_scores(self.decoder, batch) if scores else None
         step.scores = None if scores_LKE is None else scores_LKE.data_ptr()
         step.parts = ctypes.addressof(self._seconds) if self.timing else None
         step.threads = torch.get_num_threads()
-        self._require(self._forward(self._model_at, ctypes.addressof(step)))
+        self.require(self._forward(self._model_at, ctypes.addressof(step)))
         return Hidden(final_TD, kept, scores_LKE)
 
     def _step_of(self, batch: Batch) -> _Step:
@@ -173,12 +181,12 @@ class NativeForward:
         """Room for ``rows`` rows, kept from step to step: fresh memory costs a page fault every 4 KiB."""
         needed: int = self._room_of(ctypes.byref(self._model), rows)
         if needed > self._room.numel():
-            self._room = zeros((needed,), torch.uint8, self._decoder.device)
+            self._room = zeros((needed,), torch.uint8, self.decoder.device)
             self._batch = None  # the step in use points to what was
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """See ``WholeForward``. Not rounded to the dtype of the model."""
-        out = torch.empty((hidden_RD.shape[0], self._decoder.config.vocab_size), dtype=torch.float32)
+        out = torch.empty((hidden_RD.shape[0], self.decoder.config.vocab_size), dtype=torch.float32)
         self._multiply(hidden_RD, out.data_ptr(), None)
         return out
 
@@ -190,7 +198,7 @@ class NativeForward:
 
     def _multiply(self, hidden_RD: Tensor, logits: int | None, best: int | None) -> None:
         rows = hidden_RD.contiguous()
-        self._require(
+        self.require(
             self._head(
                 ctypes.byref(self._model),
                 rows.data_ptr(),
@@ -203,7 +211,8 @@ class NativeForward:
         )
 
     @staticmethod
-    def _require(outcome: int) -> None:
+    def require(outcome: int) -> None:
+        """Raise ``InternalError`` for what a native call reports."""
         if outcome:
             raise InternalError(f"Native forward: {OUTCOMES.get(outcome) or BAD_INPUT.get(outcome, outcome)}.")
 

@@ -2,6 +2,7 @@
 // interface is in attention.cpp. Nothing here knows torch: pointers in, numbers out.
 #include "attention.cpp"
 #include "forward.h"
+#include "rounds.h"
 #include "sampling.h"
 
 extern "C" {
@@ -85,5 +86,28 @@ int steeple_head(const forward::Model* model, const char* hidden, int64_t rows, 
     } catch (const std::bad_alloc&) {
         return attention::NO_MEMORY;
     }
+}
+
+// See forward::Round. `first`: what no pass changes. The same calls as pass by pass, so the same numbers.
+int steeple_round(const forward::Model* model, const forward::Step* first, const forward::Round* round) {
+    const forward::Model& m = *model;
+    const forward::Round& r = *round;
+    const int64_t B = first->rows, V = m.vocab, row = m.hidden * m.element();
+    for (int64_t pass = 0; pass < r.depth; pass++) {
+        const char* const before = pass ? r.hidden : r.state;
+        if (r.carry.data)
+            steeple_linear(&r.carry, (int)m.bf16, before, B, row, r.added, row, 0, first->threads, first->run, first->size);
+        const forward::Step step = forward::pass_of(r, *first, pass);
+        int outcome = steeple_forward(model, &step);
+        int64_t* const chosen = r.tokens + (pass + 1) * B;
+        if (!outcome)
+            outcome = steeple_head(model, r.hidden, B, r.laws ? r.logits : nullptr, r.laws ? nullptr : chosen,
+                                   first->threads, first->run, first->size);
+        if (outcome) return outcome;
+        if (r.laws)
+            steeple_draw(r.logits, B, V, r.temperature, r.uniform + pass * B, r.laws + pass * B * V, chosen,
+                         first->threads, first->run, first->size);
+    }
+    return attention::OK;
 }
 }

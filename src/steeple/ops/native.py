@@ -31,6 +31,7 @@ SOURCES = (
     "attention_tile.h",
     "dense.h",
     "forward.h",
+    "rounds.h",
     "gemm.h",
     "norm.h",
     "sampling.h",
