@@ -194,7 +194,7 @@ class Recorder:
         self._whole, self._served = whole, served
         self.logits, self.best = whole.logits, whole.best
 
-    def __call__(self, batch: Batch, keep: Sequence[int], scores: bool) -> object:
-        hidden = self._whole(batch, keep, scores)
+    def __call__(self, batch: Batch, keep: Sequence[int], scores: bool, added: Tensor | None = None) -> object:
+        hidden = self._whole(batch, keep, scores, added)
         self._served.append(hidden is not None)
         return hidden

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from steeple.bench.plots import COLOURS, FORMATS, GREY, MARKERS
-from steeple.bench.sweep.plots import DARK, LEAST_HALF, TICKS
+from steeple.bench.sweep.plots import LEAST_HALF, TICKS, draw_tiles
 from steeple.errors import StorageError
 
 Result = Mapping[str, Any]
@@ -127,20 +126,15 @@ def _scales(axes: Axes, context: str) -> None:
 
 
 def _heatmap(axes: Axes, cells: Sequence[Cell], batches: list[int], contexts: list[int], norm: Normalize) -> Any:
-    tiles = np.full((len(batches), len(contexts)), np.nan)
-    image = axes.imshow(tiles, cmap="RdBu", norm=norm, aspect="auto")
-    for cell in cells:
-        y, x = batches.index(cell["batch"]), contexts.index(cell["context"])
-        tiles[y, x] = math.log2(cell["throughput_multiplier"])
-        red, green, blue, _ = image.cmap(norm(tiles[y, x]))
-        light = 0.299 * red + 0.587 * green + 0.114 * blue
-        text = f"{cell['throughput_multiplier']:.2f}" + (f"\nk = {cell['k']}" if "k" in cell else "")
-        colour = "white" if light < DARK else "black"
-        axes.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
-    image.set_data(tiles)
-    axes.set_xticks(range(len(contexts)), [_short(value) for value in contexts], fontsize=8)
-    axes.set_yticks(range(len(batches)), [str(value) for value in batches], fontsize=8)
-    return image
+    tiles = {
+        (batches.index(cell["batch"]), contexts.index(cell["context"])): (
+            math.log2(cell["throughput_multiplier"]),
+            f"{cell['throughput_multiplier']:.2f}" + (f"\nk = {cell['k']}" if "k" in cell else ""),
+        )
+        for cell in cells
+    }
+    names = ([str(value) for value in batches], [_short(value) for value in contexts])
+    return draw_tiles(axes, tiles, names, "RdBu", norm, size=7)
 
 
 def _short(value: int) -> str:

@@ -27,6 +27,7 @@ TRAIN = {
 }
 BENCH = {"step": ("steeple.cli.bench_step", "Time one step, part by part, against the machine's floor.")}
 PLAN = {
+    "calibrate": ("steeple.cli.plan_calibrate", "Measure this machine and the engine's rounds; store a step model."),
     "fleet": ("steeple.cli.plan_fleet", "Simulate a serving fleet: GPUs, latencies, cost, with and without drafters."),
     "laws": ("steeple.cli.plan_laws", "Fit scaling laws of drafters to a table of runs; say what to train next."),
 }

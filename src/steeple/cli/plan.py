@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from steeple.bench.plan_page import plotly_source, write_page
 from steeple.bench.plan_plots import write_plan_plots
 from steeple.cli.app import COMMANDS
 from steeple.cli.shell import Shell, command
@@ -25,6 +26,7 @@ LIMITS: Mapping[str, str] = {
 
 def run(config: PlanConfig, shell: Shell) -> dict[str, Any]:
     """Compute, show and draw."""
+    plotly = plotly_source() if config.html else ""  # before the work, so that its absence is said at once
     if config.preset:
         result = published(config)
         show_published(result, shell.console)
@@ -35,6 +37,9 @@ def run(config: PlanConfig, shell: Shell) -> dict[str, Any]:
     if config.plots:
         for path in write_plan_plots(result, Path(config.plots)):
             shell.console.print(f"{path}", markup=False)
+    if config.html:
+        write_page(result, config, Path(config.html), plotly)
+        shell.console.print(f"{config.html}", markup=False)
     return result
 
 

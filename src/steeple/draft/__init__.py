@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from steeple.config import from_dict
+from steeple.draft.auto import AutoConfig
 from steeple.draft.auto_k import AutoKConfig
 from steeple.draft.base import DrafterConfig
 from steeple.draft.ngram import NGramConfig
@@ -19,6 +20,7 @@ DRAFTERS: dict[str, type[DrafterConfig]] = {
     "sparse_self": SparseSelfConfig,
     "spire": SpireDraftConfig,
     "auto-k": AutoKConfig,
+    "auto": AutoConfig,
 }
 NO_DRAFTER = "none"
 

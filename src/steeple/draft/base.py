@@ -47,7 +47,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a drafter is built from: the target and how the engine around it runs."""
+    """What a drafter is built from: the target and how the engine around it runs. ``batch_size``: 0 = not said."""
 
     decoder: Decoder
     tokenizer: object
@@ -60,6 +60,7 @@ class Surroundings:
     share_prefixes: bool = True
     kernels: Kernels = field(default_factory=Kernels)
     graphs: bool = False
+    batch_size: int = 0
 
 
 class Drafter(Protocol):

@@ -79,6 +79,7 @@ class SpireDraftConfig:
         folder = Path(hf.resolve(self.model)) if self.model else _sibling(around)
         shape, config = SpireShape.load(folder), stored_config(folder, around)
         width, n = config.hidden_size, config.num_layers
+        rule = choice_rule("spire", self.choose, self.budget)
         held = weight_bytes(config, replace(lay, int8=LOADED[self.weights] is quantize_weights)) + (
             FLOAT * n * (n + 1) if shape.feedback else 0
         )
@@ -88,7 +89,7 @@ class SpireDraftConfig:
             runs=config,
             draws=True,
             layers=len(shape.target_layers) if shape.own_keys else 0,
-            scores=choice_rule("spire", self.choose, self.budget) is not None and not shape.own_keys,
+            scores=rule is not None and not shape.own_keys,
         )
 
 

@@ -1,4 +1,4 @@
-"""From acceptance to tau: survival by position, the i.i.d. case and its inverse, over context; goodput of a batch.
+"""From acceptance to tau: survival by position, equal chances and their inverse, over context; goodput of a batch.
 
 The chance that the first ``j`` drafted tokens all stay is the survival ``s_j``; a round of ``k`` brings
 ``tau = 1 + s_1 + ... + s_k`` tokens on average. Goodput: SmartSpec (Liu et al. 2024, arXiv 2406.14066).

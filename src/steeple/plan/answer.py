@@ -52,9 +52,9 @@ def searched(config: PlanConfig, machine: Machine) -> dict[str, Any]:
     small = find_shape(config.draft) if config.draft else None
     where = _deployment(config, machine, target)
     devices = where.devices
-    draftings, notes = _draftings(config, target, small)
+    tried, notes = draftings(config, target, small)
     grid = Grid(batches=config.batch, contexts=config.context, ks=config.ks, windows=config.windows)
-    found = candidates(where, draftings, grid, price_per_hour=config.price * devices)
+    found = candidates(where, tried, grid, price_per_hour=config.price * devices)
     limits = Limits(
         memory_bytes=config.memory * GIGA or machine.memory_bytes * devices,
         seconds_per_token=config.latency / 1e3,
@@ -72,7 +72,7 @@ def searched(config: PlanConfig, machine: Machine) -> dict[str, Any]:
         "weights": config.weights or config.dtype,
         "step_model": where.step.to_dict(),
         "limits": asdict(limits),
-        "notes": [*notes, *_cautions(config, where, draftings)],
+        "notes": [*notes, *_cautions(config, where, tried)],
         "best": chosen.to_dict(),
         "cells": [_shown(c, limits, winners) for c in best_of_each(found)],
         "pareto": {str(c): [x.to_dict() for x in _front(found, limits, c)] for c in config.context},
@@ -107,7 +107,7 @@ def _step(config: PlanConfig, machine: Machine) -> StepModel:
     return StepModel.from_dict(values)
 
 
-def _draftings(config: PlanConfig, target: ModelShape, small: ModelShape | None) -> tuple[list[Drafting], list[str]]:
+def draftings(config: PlanConfig, target: ModelShape, small: ModelShape | None) -> tuple[list[Drafting], list[str]]:
     """The drafters to try with what is known of their acceptance, and why others are left out."""
     measured = from_bench(_json(config.acceptance, "acceptance"), config.temperature) if config.acceptance else {}
     own = _given_taus(config)
@@ -149,7 +149,7 @@ def _stand_in(name: str) -> Acceptance | None:
     return Acceptance.of_tau(TABLE_1[source], K, "SPIRe paper, small model") if source else None
 
 
-def _cautions(config: PlanConfig, where: Deployment, draftings: list[Drafting]) -> list[str]:
+def _cautions(config: PlanConfig, where: Deployment, tried: list[Drafting]) -> list[str]:
     """What a reader must know before believing the numbers."""
     target, notes = where.target, []
     if where.devices > max(config.devices, 1):
@@ -160,7 +160,7 @@ def _cautions(config: PlanConfig, where: Deployment, draftings: list[Drafting]) 
         notes.append("Times are an upper bound of speed: rates at their peak, no overheads. Calibrate to have better.")
     if target.max_context and max(config.context) > target.max_context:
         notes.append(f"{target.name} was made for {target.max_context} positions; longer contexts are arithmetic only.")
-    outside = {d.form.name for d in draftings for c in config.context if len(d.acceptance.contexts) > 1
+    outside = {d.form.name for d in tried for c in config.context if len(d.acceptance.contexts) > 1
                and not d.acceptance.covers(c)}  # fmt: skip
     if outside:
         names = ", ".join(sorted(outside))

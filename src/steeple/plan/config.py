@@ -11,7 +11,7 @@ from steeple.plan.paper import Window
 from steeple.plan.presets import PRESETS
 
 THIS_CPU = "this-cpu"
-WITH_PRESET = ("preset", "window", "plots")
+WITH_PRESET = ("preset", "window", "plots", "html")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,9 @@ class PlanConfig:
         metadata={"help": "with --preset: positions (64) or share of the context (1/8); empty: as published"},
     )
     plots: str = field(default="", metadata={"help": "folder to draw into; empty: none"})
+    html: str = field(
+        default="", metadata={"help": "file for a page to move batch, context, k, window and hardware in; empty: none"}
+    )
 
     def __post_init__(self) -> None:
         if self.preset:

@@ -1,7 +1,8 @@
 """Our step-time model: bytes, operations, links and overheads of a pass over a ragged batch, and their seconds.
 
 Beyond a roofline over body weights and keys (SPIRe, MatX 2025) it counts attention's arithmetic, the head and its
-logits, written keys, activations, per-row, per-request, per-layer and fixed costs, and tensor parallel communication.
+logits, written keys, activations, per-row, per-request, per-layer and fixed costs, tensor parallel communication, what
+the processor's caches keep from one pass to the next, and the host's part of drafting and of drawing.
 """
 
 from __future__ import annotations
@@ -16,130 +17,35 @@ from numpy.typing import ArrayLike
 
 from steeple.config import check_range, from_dict
 from steeple.errors import ConfigError
-from steeple.plan.machines import DTYPE_BYTES, Machine
-from steeple.plan.shapes import Floats, ModelShape
+from steeple.plan.machines import Machine
+from steeple.plan.shapes import Floats
+from steeple.plan.work import Precision, Work, array, pass_work, ragged_work
+
+__all__ = ["DraftTerms", "Precision", "StepModel", "Work", "pass_work", "ragged_work"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Precision:
-    """Bytes per element of weights, of keys and values, and of activations (logits included)."""
-
-    weights: float = 2.0
-    keys: float = 2.0
-    activations: float = 2.0
-
-    @classmethod
-    def of(cls, dtype: str, weights: str = "") -> Precision:
-        """Everything in ``dtype``, or the weights in another one. Activations have two bytes or more."""
-        size, weight = _size(dtype), _size(weights or dtype)
-        return cls(weights=weight, keys=size, activations=max(size, 2.0))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What passes do on each device, as arrays that broadcast against each other; an element is one pass.
+class DraftTerms:
+    """What drafting takes beside the memory, arithmetic and launches of its passes: the host's part, in seconds.
 
     Args:
-        linear_bytes: weights of the blocks, embedding rows and activations, read or written.
-        linear_flops: products with those weights.
-        attention_bytes: keys and values read and written.
-        attention_flops: scores and sums over values.
-        head_bytes: weights of the head, and logits.
-        head_flops: products with the head.
-        rows: tokens that the pass computes.
-        requests: requests in the batch.
-        layers: blocks of the model.
-        link_bytes: sent and received by a device through its links, one direction.
-        messages: collective operations.
+        seconds_per_pass: of every pass.
+        seconds_per_row: of every token that is drafted.
+        seconds_per_round: once a round, however many passes it has.
+        seconds_per_request: once a round for every request.
+        seconds_per_logit: where tokens are drawn rather than chosen, per element of the law.
     """
 
-    linear_bytes: Floats
-    linear_flops: Floats
-    attention_bytes: Floats
-    attention_flops: Floats
-    head_bytes: Floats
-    head_flops: Floats
-    rows: Floats
-    requests: Floats
-    layers: Floats
-    link_bytes: Floats
-    messages: Floats
+    seconds_per_pass: float = 0.0
+    seconds_per_row: float = 0.0
+    seconds_per_round: float = 0.0
+    seconds_per_request: float = 0.0
+    seconds_per_logit: float = 0.0
 
-    @property
-    def bytes(self) -> Floats:
-        """All that memory moves."""
-        return self.linear_bytes + self.attention_bytes + self.head_bytes
-
-    @property
-    def flops(self) -> Floats:
-        """All operations."""
-        return self.linear_flops + self.attention_flops + self.head_flops
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """What the fields broadcast to."""
-        return np.broadcast_shapes(*(np.shape(getattr(self, field.name)) for field in fields(self)))
-
-    def flat(self) -> Work:
-        """All fields broadcast to one shape and flattened to one axis."""
-        arrays = np.broadcast_arrays(*(getattr(self, field.name) for field in fields(self)))
-        return Work(**{field.name: array.ravel() for field, array in zip(fields(self), arrays, strict=True)})
-
-
-def pass_work(
-    shape: ModelShape,
-    batch: ArrayLike,
-    context: ArrayLike,
-    rows: ArrayLike = 1,
-    *,
-    window: ArrayLike = math.inf,
-    logit_rows: ArrayLike | None = None,
-    precision: Precision | None = None,
-    devices: int = 1,
-) -> Work:
-    """A forward pass over ``batch`` requests, all of ``context`` positions and ``rows`` new tokens; arrays broadcast.
-
-    Args:
-        window: positions of each request that attention reads at most, sink included.
-        logit_rows: rows per request whose logits are computed; None = all.
-        devices: how many share each layer (tensor parallel); keys are copied where there are more devices than heads.
-    """
-    count, depth = _array(batch), _array(rows)
-    seen = np.minimum(_array(context), _array(window))
-    logits = depth if logit_rows is None else _array(logit_rows)
-    read = shape.kv_elements_read(seen)
-    return _work(
-        shape,
-        count,
-        count * depth,
-        count * logits,
-        count * read,
-        count * depth * read,
-        precision or Precision(),
-        devices,
-    )
-
-
-def ragged_work(
-    shape: ModelShape,
-    contexts: ArrayLike,
-    rows: ArrayLike = 1,
-    *,
-    window: ArrayLike = math.inf,
-    logit_rows: ArrayLike | None = None,
-    precision: Precision | None = None,
-    devices: int = 1,
-) -> Work:
-    """As ``pass_work`` for requests of their own lengths: the last axis of ``contexts`` [..., requests] is summed over.
-
-    ``rows``, ``window`` and ``logit_rows`` broadcast against ``contexts``.
-    """
-    seen, depth = np.broadcast_arrays(np.minimum(_array(contexts), _array(window)), _array(rows))
-    logits = depth if logit_rows is None else np.broadcast_to(_array(logit_rows), depth.shape)
-    read = shape.kv_elements_read(seen)
-    requests = np.full(seen.shape[:-1], float(seen.shape[-1]))
-    rows_, logits_, read_, scores = (array.sum(-1) for array in (depth, logits, read, depth * read))
-    return _work(shape, requests, rows_, logits_, read_, scores, precision or Precision(), devices)
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if not getattr(self, item.name) >= 0:
+                raise ConfigError(f"DraftTerms.{item.name} = {getattr(self, item.name)!r}; give 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +53,9 @@ class StepModel:
     """Seconds of a pass from its work. The defaults are a machine that costs nothing but what is given.
 
     A phase (blocks, attention, head) takes the longer of its memory and its arithmetic time and a share
-    ``1 - overlap`` of the shorter; phases, links and overheads add up.
+    ``1 - overlap`` of the shorter; phases, links and overheads add up. Where passes follow each other that read
+    ``n`` bytes each, the processor's caches hold a share ``min(1, cache_bytes / n)``, squared, of what the next one
+    reads: everything if it fits, and the less of it the sooner it is driven out.
 
     Args:
         bytes_per_second: weights, activations and logits.
@@ -160,8 +68,14 @@ class StepModel:
         seconds_per_request: of the batch.
         seconds_per_layer: launches and barriers.
         fixed_seconds: of every pass.
+        verify_seconds: of a pass that verifies drafts, beside it.
         link_bytes_per_second: between devices; needed only where ``Work.link_bytes`` is not 0.
         seconds_per_message: latency of a collective operation.
+        cache_bytes: capacity of the processor's caches; 0 = nothing is kept.
+        cache_bytes_per_second: rate of what is read from them; 0 = as from memory.
+        seconds_per_logit: of the laws that tokens are drawn from, where they are ``drawn``.
+        draft: the host's part of drafting; None = a draft's pass costs what any pass costs.
+        drawn: tokens are drawn (temperature above 0), not chosen.
     """
 
     bytes_per_second: float
@@ -174,18 +88,24 @@ class StepModel:
     seconds_per_request: float = 0.0
     seconds_per_layer: float = 0.0
     fixed_seconds: float = 0.0
+    verify_seconds: float = 0.0
     link_bytes_per_second: float = 0.0
     seconds_per_message: float = 0.0
+    cache_bytes: float = 0.0
+    cache_bytes_per_second: float = 0.0
+    seconds_per_logit: float = 0.0
+    draft: DraftTerms | None = None
+    drawn: bool = False
 
     def __post_init__(self) -> None:
         for name in ("bytes_per_second", "flops_per_second"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"StepModel.{name} = {getattr(self, name)!r}; give more than 0.")
         check_range("StepModel", "overlap", self.overlap, 0.0, 1.0)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "attention_efficiency" and not value >= 0:
-                raise ConfigError(f"StepModel.{field.name} = {value!r}; give 0 or more.")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name not in ("attention_efficiency", "draft") and not value >= 0:
+                raise ConfigError(f"StepModel.{item.name} = {value!r}; give 0 or more.")
         if any(rows <= 0 or share <= 0 for rows, share in self.attention_efficiency):
             raise ConfigError("StepModel.attention_efficiency: give rows and shares of more than 0.")
 
@@ -201,32 +121,81 @@ class StepModel:
             **terms,
         )
 
-    def predict(self, work: Work) -> Floats:
-        """Seconds of each pass.
+    def at_temperature(self, temperature: float) -> StepModel:
+        """The same, with tokens drawn if ``temperature`` is above 0."""
+        return replace(self, drawn=temperature > 0)
+
+    def predict(self, work: Work, memory: ArrayLike = 1.0) -> Floats:
+        """Seconds of each pass, one of many like it.
+
+        Args:
+            memory: speed of the memory over that which the model is of; a shared machine's changes all the time.
 
         Raises:
             ConfigError: the work goes through links and no speed of links is given.
         """
-        linear = self._phase(work.linear_bytes / self.bytes_per_second, work.linear_flops / self.flops_per_second)
-        head = self._phase(work.head_bytes / self.bytes_per_second, work.head_flops / self.flops_per_second)
-        attention = self.attention_seconds(work)
         overheads = (
             work.rows * self.seconds_per_row
             + work.requests * self.seconds_per_request
             + work.layers * self.seconds_per_layer
+            + (work.rows > work.requests) * self.verify_seconds
             + self.fixed_seconds
         )
-        return linear + attention + head + self._link_seconds(work) + overheads
+        if self.drawn:
+            overheads = overheads + work.logits * self.seconds_per_logit
+        return self.phases(work, 0.0, memory) + self._link_seconds(work) + overheads
+
+    def drafting(self, work: Work, k: ArrayLike, between: ArrayLike = math.inf, memory: ArrayLike = 1.0) -> Floats:
+        """Seconds of the ``k`` passes of ``work`` that draft in a round; arrays broadcast.
+
+        Args:
+            between: bytes that the target's pass reads between two drafts, which drive out what the caches held.
+            memory: as for ``predict``.
+        """
+        count = array(k)
+        first, further = self.draft_pass(work, between, memory), self.draft_pass(work, 0.0, memory)
+        return self.draft_start(work) * (count > 0) + first * (count > 0) + further * np.maximum(count - 1, 0)
+
+    def draft_pass(self, work: Work, between: ArrayLike = 0.0, memory: ArrayLike = 1.0) -> Floats:
+        """Seconds of one pass of a draft, as ``drafting`` counts it; what it costs once a round is ``draft_start``."""
+        if self.draft is None:
+            return self.predict(work, memory)
+        each = self.draft.seconds_per_pass + work.requests * self.draft.seconds_per_row
+        if self.drawn:
+            each = each + work.logits * self.draft.seconds_per_logit
+        launches = work.layers * self.seconds_per_layer
+        return self.phases(work, between, memory) + self._link_seconds(work) + launches + each
+
+    def draft_start(self, work: Work) -> Floats:
+        """Seconds that drafting takes once a round for the requests of ``work``."""
+        terms = self.draft or DraftTerms()
+        return terms.seconds_per_round + work.requests * terms.seconds_per_request
+
+    def phases(self, work: Work, between: ArrayLike = 0.0, memory: ArrayLike = 1.0) -> Floats:
+        """Seconds of memory and arithmetic of each pass. ``between``: bytes that others read before it comes again."""
+        kept = self.kept(work.bytes + array(between))
+        weights, keys = (self._per_byte(rate, kept, memory) for rate in (self.bytes_per_second, self._attention_rate))
+        linear = self._phase(work.linear_bytes * weights, work.linear_flops / self.flops_per_second)
+        head = self._phase(work.head_bytes * weights, work.head_flops / self.flops_per_second)
+        arithmetic = work.attention_flops / (self.attention_flops_per_second or self.flops_per_second)
+        attention = self._phase(work.attention_bytes * keys, arithmetic)
+        return linear + head + attention / self.efficiency(work.rows / np.maximum(work.requests, 1.0))
+
+    def kept(self, amount: ArrayLike) -> Floats:
+        """The share of what is read that the caches still hold, if ``amount`` bytes pass from one time to the next."""
+        if not self.cache_bytes:
+            return np.zeros_like(array(amount))
+        return np.square(np.minimum(1.0, self.cache_bytes / np.maximum(array(amount), 1.0)))
 
     def attention_seconds(self, work: Work) -> Floats:
         """Attention's part of ``predict``."""
-        memory = work.attention_bytes / (self.attention_bytes_per_second or self.bytes_per_second)
+        memory = work.attention_bytes * self._per_byte(self._attention_rate, self.kept(work.bytes), 1.0)
         arithmetic = work.attention_flops / (self.attention_flops_per_second or self.flops_per_second)
         return self._phase(memory, arithmetic) / self.efficiency(work.rows / np.maximum(work.requests, 1.0))
 
     def efficiency(self, rows_per_request: ArrayLike) -> Floats:
         """The share of attention's speed that is reached at so many rows per request."""
-        depth = np.maximum(_array(rows_per_request), 1e-9)
+        depth = np.maximum(array(rows_per_request), 1e-9)
         if not self.attention_efficiency:
             return np.ones_like(depth)
         points = sorted(self.attention_efficiency)
@@ -235,7 +204,7 @@ class StepModel:
     def bound(self, work: Work) -> Floats:
         """Memory time of a pass over its arithmetic time, without links and overheads: above 1 memory binds."""
         memory = (work.linear_bytes + work.head_bytes) / self.bytes_per_second
-        memory = memory + work.attention_bytes / (self.attention_bytes_per_second or self.bytes_per_second)
+        memory = memory + work.attention_bytes / self._attention_rate
         arithmetic = (work.linear_flops + work.head_flops) / self.flops_per_second
         arithmetic = arithmetic + work.attention_flops / (self.attention_flops_per_second or self.flops_per_second)
         return memory / arithmetic
@@ -249,10 +218,22 @@ class StepModel:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StepModel:
         """The inverse of ``to_dict``; ``ConfigError`` for a field that there is not."""
-        known: dict[str, Any] = {name: math.inf if value is None else value for name, value in values.items()}
+        known: dict[str, Any] = {
+            name: math.inf if value is None and name != "draft" else value for name, value in values.items()
+        }
+        if isinstance(known.get("draft"), Mapping):
+            known["draft"] = from_dict(DraftTerms, dict(known["draft"]))
         pairs = known.get("attention_efficiency", ())
         known["attention_efficiency"] = tuple((float(rows), float(share)) for rows, share in pairs)
         return from_dict(cls, known)
+
+    @property
+    def _attention_rate(self) -> float:
+        return self.attention_bytes_per_second or self.bytes_per_second
+
+    def _per_byte(self, rate: float, kept: Floats, memory: ArrayLike) -> Floats:
+        """Seconds per byte of which a share ``kept`` lies in the caches."""
+        return (1.0 - kept) / (rate * array(memory)) + kept / (self.cache_bytes_per_second or rate)
 
     def _phase(self, memory: Floats, arithmetic: Floats) -> Floats:
         return np.maximum(memory, arithmetic) + (1.0 - self.overlap) * np.minimum(memory, arithmetic)
@@ -266,52 +247,3 @@ class StepModel:
                 "their links, or one device."
             )
         return work.link_bytes / self.link_bytes_per_second + work.messages * self.seconds_per_message
-
-
-def _work(
-    shape: ModelShape,
-    requests: Floats,
-    rows: Floats,
-    logits: Floats,
-    read: Floats,
-    scores: Floats,
-    precision: Precision,
-    devices: int,
-) -> Work:
-    """From sums over the batch. ``read``: elements of keys and values; ``scores``: the same, once for every row."""
-    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1 or shape.heads % devices:
-        raise ConfigError(f"devices = {devices!r} do not divide the {shape.heads} heads of {shape.name}; give another.")
-    widths = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 4 * shape.hidden
-    widths += (3 if shape.gated else 2) * shape.intermediate
-    activations = rows * (shape.layers * widths / devices + shape.hidden) * precision.activations
-    key_devices = min(devices, shape.kv_heads)
-    stored = (read + rows * shape.kv_elements_per_token) * precision.keys
-    # Scores and weighted sums take 2 operations each per element of a query head; a kv head serves several of them.
-    attention_flops = 2.0 * scores * shape.heads / shape.kv_heads
-    reduced = 2 * shape.layers * rows * shape.hidden * precision.activations
-    gathered = logits * shape.vocab * precision.activations
-    share = (devices - 1) / devices
-    collectives = 2 * shape.layers + (1 if shape.vocab else 0) if devices > 1 else 0
-    return Work(
-        linear_bytes=shape.body_parameters * precision.weights / devices + activations,
-        linear_flops=2.0 * shape.linear_parameters * rows / devices,
-        attention_bytes=stored / key_devices,
-        attention_flops=attention_flops / devices,
-        head_bytes=(shape.head_parameters * precision.weights * (logits > 0) + gathered) / devices,
-        head_flops=2.0 * shape.head_parameters * logits / devices,
-        rows=rows,
-        requests=requests,
-        layers=np.float64(shape.layers) * np.ones_like(rows),
-        link_bytes=2.0 * share * reduced + share * gathered,
-        messages=np.float64(collectives) * np.ones_like(rows),
-    )
-
-
-def _size(dtype: str) -> float:
-    if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"dtype = {dtype!r} is unknown; give one of {', '.join(DTYPE_BYTES)}.")
-    return DTYPE_BYTES[dtype]
-
-
-def _array(values: ArrayLike) -> Floats:
-    return np.asarray(values, dtype=np.float64)

@@ -93,7 +93,8 @@ def round_of(where: Deployment, form: DraftForm, batch: ArrayLike, context: Arra
     work = pass_work(
         form.shape, batch, context, window=form.positions, precision=precision, devices=draft_devices(form.shape, where)
     )
-    return Round(k * step.predict(work), verify, plain)
+    between = pass_work(target, batch, context, k + 1, precision=precision, devices=where.devices).bytes
+    return Round(step.drafting(work, k, between), verify, plain)
 
 
 def ragged_round_of(where: Deployment, form: DraftForm, contexts: ArrayLike, ks: ArrayLike) -> Round:
@@ -111,13 +112,15 @@ def ragged_round_of(where: Deployment, form: DraftForm, contexts: ArrayLike, ks:
     if form.shape is None:
         return Round(draft, verify, plain)
     devices = draft_devices(form.shape, where)
+    between = ragged_work(target, lengths, depths + 1, precision=precision, devices=where.devices).bytes
     for number in range(int(depths.max(initial=0))):
         drafting = depths > number
         work = ragged_work(
             form.shape, lengths * drafting, drafting, window=form.positions, precision=precision, devices=devices
         )
         # those that have drafted enough cost nothing, neither as rows nor as requests
-        seconds = step.predict(replace(work, requests=drafting.sum(-1).astype(np.float64)))
+        work = replace(work, requests=drafting.sum(-1).astype(np.float64))
+        seconds = step.draft_pass(work) if number else step.draft_pass(work, between) + step.draft_start(work)
         draft = draft + np.where(drafting.any(-1), seconds, 0.0)
     return Round(draft, verify, plain)
 

@@ -1,4 +1,4 @@
-"""Does the engine compute the laws that were trained? A draft is written only if it does.
+"""Whether the engine computes the laws that were trained; a draft is written only if it does.
 
 For a few texts the target's cache is filled as the engine fills it, the drafter runs over its window step by step, and
 each law is compared with that of the training forward at the same position.

@@ -154,18 +154,38 @@ def _heatmap(
     axes: Axes, rows: Sequence[Row], grid: tuple[list[int], list[Any]], quantity: Quantity, norm: Normalize
 ) -> Any:
     batches, contexts = grid
-    tiles = np.full((len(batches), len(contexts)), np.nan)
-    image = axes.imshow(tiles, cmap=quantity.colours, norm=norm, aspect="auto")
-    for row in rows:
-        y, x = batches.index(row["batch"]), contexts.index(select.context_of(row))
-        tiles[y, x] = _shown(quantity, row)
-        red, green, blue, _ = image.cmap(norm(tiles[y, x]))
+    places = [(batches.index(row["batch"]), contexts.index(select.context_of(row))) for row in rows]
+    tiles = {place: (_shown(quantity, row), quantity.text(row)) for place, row in zip(places, rows, strict=True)}
+    names = ([str(value) for value in batches], [str(value) for value in contexts])
+    return draw_tiles(axes, tiles, names, quantity.colours, norm)
+
+
+def draw_tiles(
+    axes: Axes,
+    tiles: Mapping[tuple[int, int], tuple[float, str]],
+    names: tuple[Sequence[str], Sequence[str]],
+    colours: str,
+    norm: Normalize,
+    size: int = 8,
+) -> Any:
+    """Coloured tiles with a text in each; places without one stay empty. Returns the image, for a colour bar.
+
+    Args:
+        tiles: (row, column) -> what decides the colour, and the text.
+        names: of the rows and of the columns.
+        colours: a colour map of matplotlib.
+        size: of the texts, in points.
+    """
+    values = np.full((len(names[0]), len(names[1])), np.nan)
+    image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
+    for (y, x), (value, text) in tiles.items():
+        values[y, x] = value
+        red, green, blue, _ = image.cmap(norm(value))
         light = 0.299 * red + 0.587 * green + 0.114 * blue
-        colour = "white" if light < DARK else "black"
-        axes.text(x, y, quantity.text(row), ha="center", va="center", fontsize=8, color=colour)
-    image.set_data(tiles)
-    axes.set_xticks(range(len(contexts)), [str(value) for value in contexts], fontsize=8)
-    axes.set_yticks(range(len(batches)), [str(value) for value in batches], fontsize=8)
+        axes.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if light < DARK else "black")
+    image.set_data(values)
+    axes.set_xticks(range(len(names[1])), names[1], fontsize=8)
+    axes.set_yticks(range(len(names[0])), names[0], fontsize=8)
     return image
 
 
