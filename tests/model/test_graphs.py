@@ -12,6 +12,7 @@ from gpu.accelerator import DEVICE, interpret, needs_triton
 from gpu.cases import MIXED, Ask, blocks_needed, forest
 from gpu.engines import SMALL_BUCKETS, build, greedy, paged
 from lab import CACHES, TARGET, CacheKind
+from torch import Tensor
 
 from steeple.cache.batch import Span, make_batch
 from steeple.errors import InternalError

@@ -65,7 +65,7 @@ def _amount(name: str, value: float) -> str:
 
 
 def residual_table(result: Mapping[str, Any]) -> Table:
-    """Percentiles of what the model leaves unexplained, and the places where it is furthest off."""
+    """Percentiles of what the model leaves unexplained, without its sign."""
     table = Table(title=f"Residuals, {result['visits']} visits in {result['seconds']:.0f} s", title_justify="left")
     for name in ("of", "visits", "median", "75 %", "90 %", "most", "within 10 %", "within 20 %"):
         table.add_column(name, justify="left" if name == "of" else "right")

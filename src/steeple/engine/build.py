@@ -212,4 +212,5 @@ def _surroundings(target: LoadedModel, config: EngineConfig, dtype: torch.dtype)
         model_folder=target.folder,
         share_prefixes=config.share_prefixes,
         graphs=config.graphs,
+        batch_size=config.batch_size,
     )

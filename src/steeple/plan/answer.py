@@ -10,6 +10,7 @@ from typing import Any
 
 from steeple.errors import ConfigError, StorageError, did_you_mean
 from steeple.plan.acceptance import Acceptance, from_bench
+from steeple.plan.calibration import read_calibration
 from steeple.plan.config import PlanConfig
 from steeple.plan.machines import Machine
 from steeple.plan.ours import Precision, StepModel
@@ -100,11 +101,7 @@ def _deployment(config: PlanConfig, machine: Machine, target: ModelShape) -> Dep
 def _step(config: PlanConfig, machine: Machine) -> StepModel:
     if not config.calibration:
         return StepModel.of_machine(machine, config.dtype)
-    stored = _json(config.calibration, "calibration")
-    values = stored.get("model", stored)
-    if not isinstance(values, Mapping) or "bytes_per_second" not in values:
-        raise ConfigError(f"{config.calibration} holds no step model; give the JSON of a calibration.")
-    return StepModel.from_dict(values)
+    return read_calibration(config.calibration).step.at_temperature(config.temperature)
 
 
 def draftings(config: PlanConfig, target: ModelShape, small: ModelShape | None) -> tuple[list[Drafting], list[str]]:

@@ -49,7 +49,9 @@ class PlanConfig:
     acceptance: str = field(
         default="", metadata={"help": "JSON of steeple bench: its measured acceptance by position and context"}
     )
-    temperature: float = field(default=0.0, metadata={"help": "which rows of --acceptance count"})
+    temperature: float = field(
+        default=0.0, metadata={"help": "which rows of --acceptance count, and whether tokens are drawn"}
+    )
     price: float = field(default=0.0, metadata={"help": "of one device for an hour; costs are in its currency"})
     memory: float = field(default=0.0, metadata={"help": "most memory in GB, all devices; 0: what they have"})
     latency: float = field(default=0.0, metadata={"help": "most milliseconds per token of a request; 0: any"})
