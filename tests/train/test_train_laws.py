@@ -137,7 +137,7 @@ def test_a_cell_that_was_stopped_goes_on_and_ends_the_same(
     whole = grid[1]
     config = settings(place, tmp_path, small=("1x32",), spire=(), tokens=(4 * BATCH,))
     steps: list[int] = []
-    step = training.DraftTrainer.step
+    step = training.Trainer.step
 
     def stops_once(trainer: Any, number: int) -> float:
         steps.append(number)
@@ -145,7 +145,7 @@ def test_a_cell_that_was_stopped_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
         return step(trainer, number)
 
-    monkeypatch.setattr(training.DraftTrainer, "step", stops_once)
+    monkeypatch.setattr(training.Trainer, "step", stops_once)
     with pytest.raises(KeyboardInterrupt):
         train_laws(config)
     again = train_laws(config)

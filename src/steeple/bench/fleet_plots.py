@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from steeple.bench.plots import COLOURS, FORMATS, GREY, MARKERS
-from steeple.errors import StorageError
+from steeple.bench.figures import write_figures
+from steeple.bench.plots import COLOURS, GREY, MARKERS
 
 LATENCIES = {
     "ttft": "seconds to the first token",
@@ -30,21 +30,6 @@ def write_fleet_plots(result: dict[str, Any], folder: Path) -> list[Path]:
     if any(row["loads"] for row in result["rows"]):
         figures["load"] = load_figure(result)
     return write_figures(figures, folder)
-
-
-def write_figures(figures: dict[str, Figure], folder: Path) -> list[Path]:
-    """Write each figure as PNG and SVG into ``folder``; returns the files. ``StorageError`` if it cannot be written."""
-    written = []
-    for name, figure in figures.items():
-        for kind in FORMATS:
-            path = folder / f"{name}.{kind}"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=160)
-            except OSError as error:
-                raise StorageError(f"{path} cannot be written: {error}") from error
-            written.append(path)
-    return written
 
 
 def latency_figure(result: dict[str, Any]) -> Figure:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullLocator
 
-from steeple.bench.fleet_plots import write_figures
+from steeple.bench.figures import write_figures
 from steeple.bench.plots import COLOURS, MARKERS
 
 AXES = (("tokens", "parameters", "training tokens"), ("parameters", "tokens", "parameters of the draft"))

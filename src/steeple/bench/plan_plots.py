@@ -13,9 +13,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from steeple.bench.plots import COLOURS, FORMATS, GREY, MARKERS
+from steeple.bench.figures import write_figures
+from steeple.bench.plots import COLOURS, GREY, MARKERS
 from steeple.bench.sweep.plots import LEAST_HALF, TICKS, draw_tiles
-from steeple.errors import StorageError
 
 Result = Mapping[str, Any]
 Cell = Mapping[str, Any]
@@ -32,17 +32,8 @@ def write_plan_plots(result: Result, folder: Path) -> list[Path]:
     figures = {"heatmap": heatmap_figure(result)}
     if result.get("pareto"):
         figures["pareto"] = pareto_figure(result)
-    written = []
-    for name, figure in figures.items():
-        for kind in FORMATS:
-            path = folder / f"{result.get('preset') or 'plan'}-{name}.{kind}"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=160)
-            except OSError as error:
-                raise StorageError(f"{path} cannot be written: {error}") from error
-            written.append(path)
-    return written
+    prefix = result.get("preset") or "plan"
+    return write_figures({f"{prefix}-{name}": figure for name, figure in figures.items()}, folder)
 
 
 def heatmap_figure(result: Result) -> Figure:

@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from steeple.bench.plots import COLOURS, FORMATS, GREY, MARKERS
-from steeple.errors import StorageError
+from steeple.bench.figures import write_figures
+from steeple.bench.plots import COLOURS, GREY, MARKERS
 
 PANELS = (
     ("predicted_tokens_per_second", "as calibrated"),
@@ -20,16 +20,7 @@ BANDS = ((0.2, 0.10), (0.1, 0.16))  # half width, opacity
 
 def write_planned_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write ``planned`` as PNG and SVG; returns the files. ``StorageError`` if the folder cannot be written."""
-    figure, written = planned_figure(result), []
-    for kind in FORMATS:
-        path = folder / f"planned.{kind}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=160)
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error}") from error
-        written.append(path)
-    return written
+    return write_figures({"planned": planned_figure(result)}, folder)
 
 
 def planned_figure(result: Mapping[str, Any]) -> Figure:

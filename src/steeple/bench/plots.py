@@ -10,13 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from steeple.bench.config import PLAIN
-from steeple.errors import StorageError
+from steeple.bench.figures import write_figures
 
 # Okabe and Ito 2008: distinct to colour-blind readers as well; plain decoding is grey.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 GREY = "#6e6e6e"
 MARKERS = "osD^vP"
-FORMATS = ("png", "svg")
 BAR_ROOM = 0.8  # of a group's place on the axis
 
 Row = dict[str, Any]
@@ -28,17 +27,7 @@ def write_plots(result: dict[str, Any], folder: Path) -> list[Path]:
     Raises:
         StorageError: the folder cannot be written.
     """
-    written = []
-    for name, figure in (("speedup", speedup_figure(result)), ("throughput", throughput_figure(result))):
-        for kind in FORMATS:
-            path = folder / f"{name}.{kind}"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=160)
-            except OSError as error:
-                raise StorageError(f"{path} cannot be written: {error}") from error
-            written.append(path)
-    return written
+    return write_figures({"speedup": speedup_figure(result), "throughput": throughput_figure(result)}, folder)
 
 
 def speedup_figure(result: dict[str, Any]) -> Figure:

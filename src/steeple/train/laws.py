@@ -25,13 +25,9 @@ from steeple.model.families import model_config
 from steeple.model.load import load_decoder
 from steeple.model.save import save_decoder
 from steeple.train.checkpoint import NAME as CHECKPOINT
-from steeple.train.checkpoint import load_checkpoint
 from steeple.train.data import SPLITS, TokenStream
 from steeple.train.laws_config import Cell, LawsConfig, small_config, small_shape, spire_config
-from steeple.train.lm import LMConfig, Trainer, prepare_tokens
-from steeple.train.loss import next_token_loss
-from steeple.train.optim import Optimizers, Rates
-from steeple.train.shape import Shape, init_weights, llama_config
+from steeple.train.lm import Trainer
 from steeple.train.spire import SpireTrainer
 from steeple.train.spire_forward import Seen, target_pass
 from steeple.train.spire_loss import Laws, Rounds, joined_rounds
@@ -157,41 +153,15 @@ def _write(path: Path, value: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-class DraftTrainer(Trainer):
-    """A run of a small model of any shape. Building it restores the run's last checkpoint."""
-
-    def __init__(self, config: LMConfig, shape: Shape) -> None:
-        self.config = config
-        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        self.device = torch.device("cuda" if cuda else "cpu")
-        self.tokenizer = prepare_tokens(config, shape)
-        self.hf_config = llama_config(shape, int(self.tokenizer.eos_token_id))
-        self.model = Decoder(model_config(self.hf_config))
-        init_weights(self.model, config.seed)
-        self.model.to(self.device)
-        rates = Rates(
-            matrix=config.matrix_lr, embed=config.embed_lr, head=config.head_lr, weight_decay=config.weight_decay
-        )
-        self.optimizers = Optimizers(self.model, rates)
-        self.loss = torch.compile(next_token_loss, dynamic=False) if config.compile else next_token_loss
-        self.streams = {split: TokenStream.open(config.run / f"{split}.bin", config.seed) for split in SPLITS}
-        restored = load_checkpoint(config.run, self.model, self.optimizers)
-        self.progress = {"step": 0, "seconds": 0.0} if restored is None else restored
-
-    def save(self) -> None:
-        """Write the model and its tokenizer to ``out``."""
-        save_decoder(self.model, self.config.out, self.hf_config)
-        self.tokenizer.save_pretrained(self.config.out)
-
-
 def train_small(config: LawsConfig, cell: Cell, folder: Path) -> dict[str, Any]:
     """Train a small model on the text alone and measure its tau against the target."""
     target_config = model_config(hf.load_hf_config(config.target))
     context = max(target_config.max_context, *config.seq_lens)
     shape = small_shape(cell.size, target_config.vocab_size, context)
-    trainer = DraftTrainer(small_config(config, cell.tokens, folder), shape)
+    trainer = Trainer(small_config(config, cell.tokens, folder), shape)
     trainer.run()
-    trainer.save()
+    save_decoder(trainer.model, trainer.config.out, trainer.hf_config)
+    trainer.tokenizer.save_pretrained(trainer.config.out)
     length = max(config.seq_lens)
     split = _unseen(trainer.streams, length)
     target = load_decoder(config.target, dtype=torch.bfloat16, device=trainer.device)

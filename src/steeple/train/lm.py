@@ -109,10 +109,13 @@ class LMConfig:
 
 
 class Trainer:
-    """One run: model, optimisers, data and log. Building it restores the run's last checkpoint."""
+    """One run: model, optimisers, data and log. Building it restores the run's last checkpoint.
 
-    def __init__(self, config: LMConfig) -> None:
-        self.config, shape = config, SHAPES[config.shape]
+    Args: shape: of the model, where it is none of ``SHAPES``.
+    """
+
+    def __init__(self, config: LMConfig, shape: Shape | None = None) -> None:
+        self.config, shape = config, shape or SHAPES[config.shape]
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda" if cuda else "cpu")
         self.tokenizer = prepare_tokens(config, shape)

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from steeple.bench.plots import COLOURS, FORMATS, GREY
+from steeple.bench.figures import write_figures
+from steeple.bench.plots import COLOURS, GREY
 from steeple.bench.step.rows import SHORT, measured
-from steeple.errors import StorageError
 
 Row = Mapping[str, Any]
 Result = Mapping[str, Any]
@@ -38,18 +38,8 @@ def write_step_plots(result: Result, folder: Path) -> list[Path]:
     """
     if not measured(result["rows"]):
         return []
-    written = []
     figures = {"roofline": roofline_figure(result), "floor": floor_figure(result), "parts": parts_figure(result)}
-    for name, figure in figures.items():
-        for kind in FORMATS:
-            path = folder / f"{name}.{kind}"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=160)
-            except OSError as error:
-                raise StorageError(f"{path} cannot be written: {error}") from error
-            written.append(path)
-    return written
+    return write_figures(figures, folder)
 
 
 def roofline_figure(result: Result) -> Figure:

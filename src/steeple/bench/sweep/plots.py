@@ -13,11 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from steeple.bench.plots import FORMATS
+from steeple.bench.figures import write_figures
 from steeple.bench.sweep import select
 from steeple.bench.sweep.paper import K
 from steeple.bench.sweep.select import Row
-from steeple.errors import StorageError
 
 Result = Mapping[str, Any]
 DARK = 0.45  # a tile of less luminance has white text
@@ -74,24 +73,13 @@ def write_sweep_plots(result: Result, folder: Path) -> list[Path]:
     Raises:
         StorageError: the folder cannot be written.
     """
-    written = []
     if not select.drafters(result["rows"]):
         return []
+    figures = {}
     for temperature in select.temperatures(result["rows"]):
-        figures = {
-            "multiplier": multiplier_figure(result, temperature),
-            "parts": parts_figure(result, temperature),
-        }
-        for name, figure in figures.items():
-            for kind in FORMATS:
-                path = folder / f"{name}-t{temperature:g}.{kind}"
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    figure.savefig(path, dpi=160)
-                except OSError as error:
-                    raise StorageError(f"{path} cannot be written: {error}") from error
-                written.append(path)
-    return written
+        figures[f"multiplier-t{temperature:g}"] = multiplier_figure(result, temperature)
+        figures[f"parts-t{temperature:g}"] = parts_figure(result, temperature)
+    return write_figures(figures, folder)
 
 
 def multiplier_figure(result: Result, temperature: float) -> Figure:
