@@ -37,7 +37,7 @@ def play(
         taken = seconds(max(budget)) * (1 + 0.05 * rng.standard_normal())
         for request, n, accepted in zip(batch, budget, kept, strict=True):
             request.stats.record(n, n, accepted)
-        lengths.learn(budget, kept, taken)
+        lengths.learn(batch, budget, kept, taken)
         depths.append(max(budget))
         tokens += sum(kept) + len(batch)
         total += taken
@@ -104,7 +104,7 @@ def test_requests_that_accept_little_get_fewer_nodes() -> None:
         kept = [int(np.cumprod(rng.random(n) < p).sum()) for n, p in zip(budget, (0.9, 0.05), strict=True)]
         for request, n, accepted in zip(batch, budget, kept, strict=True):
             request.stats.record(n, n, accepted)
-        lengths.learn(budget, kept, 1.0 + 0.1 * max(budget))
+        lengths.learn(batch, budget, kept, 1.0 + 0.1 * max(budget))
         given.append(budget)
     good, bad = np.mean(given[40:], axis=0)
     assert good > 2 * bad + 1
@@ -123,7 +123,7 @@ def test_a_request_out_of_luck_is_not_given_up() -> None:
             kept[1] = 0
         for request, n, accepted in zip(batch, budget, kept, strict=True):
             request.stats.record(n, n, accepted)
-        lengths.learn(budget, kept, 1.0 + 0.2 * max(budget))
+        lengths.learn(batch, budget, kept, 1.0 + 0.2 * max(budget))
         given.append(budget)
     assert min(n for _, n in given[20:31]) < min(n for n, _ in given[20:31]), "bad luck was not noticed"
     assert np.mean([n for _, n in given[250:]]) > 0.9 * np.mean([n for n, _ in given[250:]])
@@ -136,7 +136,7 @@ def test_another_batch_or_context_is_measured_anew() -> None:
         for _ in range(20):
             lengths.begin(batch)
             depth = lengths(batch[0])
-            lengths.learn([depth] * len(batch), [depth] * len(batch), 1.0 + slope * depth)
+            lengths.learn(batch, [depth] * len(batch), [depth] * len(batch), 1.0 + slope * depth)
     lengths.begin(large)
     assert lengths(large[0]) == 0
     lengths.begin(small)
@@ -150,11 +150,11 @@ def test_steps_with_prompts_teach_acceptance_but_no_time() -> None:
         lengths.begin(batch)
         depth = lengths(batch[0])
         assert depth == 0, "plain decoding is timed first, and no time has come"
-        lengths.learn([4], [4], None)
+        lengths.learn(batch, [4], [4], None)
 
 
 def test_nobody_ready_is_no_round() -> None:
     lengths = GoodputLengths(4)
     fresh = Request("a", [1, 2], SamplingParams())
     lengths.begin([fresh])
-    lengths.learn([0], [0], 1.0)
+    lengths.learn([fresh], [0], [0], 1.0)

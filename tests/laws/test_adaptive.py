@@ -36,7 +36,9 @@ class Rolled:
         self.chosen.add(depth)
         return depth
 
-    def learn(self, depths: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
+    def learn(
+        self, requests: Sequence[Request], depths: Sequence[int], accepted: Sequence[int], seconds: float | None
+    ) -> None:
         assert all(kept <= depth for kept, depth in zip(accepted, depths, strict=True))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -61,6 +61,33 @@ class Surroundings:
     kernels: Kernels = field(default_factory=Kernels)
     graphs: bool = False
     batch_size: int = 0
+
+
+class Lengths(Protocol):
+    """Decides how many nodes each request gets, round by round, from past rounds only."""
+
+    def begin(self, running: Sequence[Request]) -> None:
+        """A step begins; those of these requests that are ``ready`` may draft."""
+        ...
+
+    def __call__(self, request: Request) -> int:
+        """Most nodes of ``request`` in this step."""
+        ...
+
+    def learn(
+        self, requests: Sequence[Request], depths: Sequence[int], accepted: Sequence[int], seconds: float | None
+    ) -> None:
+        """A step ended: depth and acceptance of the draft of each request that had a round, and the whole step's time;
+        None if it read prompts as well."""
+        ...
+
+
+@runtime_checkable
+class DecidesLengths(Protocol):
+    """A drafter that decides by itself how many nodes each request gets."""
+
+    @property
+    def lengths(self) -> Lengths: ...
 
 
 class Drafter(Protocol):

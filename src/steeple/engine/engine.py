@@ -15,9 +15,9 @@ import numpy as np
 
 from steeple.cache.batch import BatchMaker
 from steeple.cache.paged import PagedCache
-from steeple.draft.base import Drafter
+from steeple.draft.base import DecidesLengths, Drafter, Lengths
 from steeple.engine.judge import Judge, Judgement
-from steeple.engine.length import GoodputLengths, Lengths
+from steeple.engine.length import GoodputLengths
 from steeple.engine.memory import MemoryPlan, MemoryReport, started
 from steeple.engine.output import TextStream
 from steeple.engine.scheduler import Scheduler, Work
@@ -74,6 +74,8 @@ class Engine:
         self._lengths: Lengths | None = None
         if parts.drafter is not None and parts.drafter.needs.adaptive:
             self._lengths = self.budget = GoodputLengths(self._most_nodes)
+        elif isinstance(parts.drafter, DecidesLengths):
+            self._lengths = self.budget = parts.drafter.lengths
         self._runner = Runner(parts.decoder, parts.cache, parts.attention)
         accelerate(self._runner, graphs=parts.graphs)
         self._judge = Judge(self._runner, parts.plan.load.portion if parts.plan is not None else 0)
@@ -189,7 +191,8 @@ class Engine:
     ) -> None:
         depths = [depth for depth, _ in _draft_shapes(batch, draft)]
         rounds = [b for b, work in enumerate(plan) if work.ready]
-        lengths.learn([depths[b] for b in rounds], [len(kept[b]) for b in rounds], seconds)
+        requests = [plan[b].request for b in rounds]
+        lengths.learn(requests, [depths[b] for b in rounds], [len(kept[b]) for b in rounds], seconds)
 
     def _propose(self, plan: Sequence[Work], requests: Sequence[Request]) -> Draft:
         """The forest over the plan; requests still reading their prompt have no nodes."""

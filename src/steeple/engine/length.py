@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Protocol
 
 import numpy as np
 
@@ -36,22 +35,6 @@ def _tried(stats: SpeculationStats) -> int:
         return 0
     deeper = zip(stats.accepted_at, stats.proposed_at[1:], strict=False)
     return stats.proposed_at[0] + sum(min(reached, proposed) for reached, proposed in deeper)
-
-
-class Lengths(Protocol):
-    """Decides the budget of each request, round by round."""
-
-    def begin(self, running: Sequence[Request]) -> None:
-        """A step begins; these requests may draft."""
-        ...
-
-    def __call__(self, request: Request) -> int:
-        """Most nodes of ``request`` in this step."""
-        ...
-
-    def learn(self, depths: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
-        """A step ended: depth and acceptance of each request's draft, and its time; None if it read prompts as well."""
-        ...
 
 
 @dataclass(slots=True)
@@ -175,8 +158,11 @@ class GoodputLengths:
             kept += 1
         return kept
 
-    def learn(self, depths: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
-        """See ``Lengths``."""
+    def learn(
+        self, requests: Sequence[Request], depths: Sequence[int], accepted: Sequence[int], seconds: float | None
+    ) -> None:
+        """See ``Lengths``. What is learnt is one for all requests."""
+        del requests
         if seconds is not None:
             self._here.note(seconds)
         drafted = np.array(depths)

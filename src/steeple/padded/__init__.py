@@ -1,0 +1,1 @@
+"""Batched speculative decoding for any causal language model of ``transformers``, unmodified."""

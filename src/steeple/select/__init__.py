@@ -1,0 +1,1 @@
+"""Which drafter for which request, and how many tokens: arithmetic over past rounds, no torch."""
