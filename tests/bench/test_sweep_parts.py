@@ -255,6 +255,15 @@ def test_the_page_sets_the_papers_figures_beside_ours() -> None:
     assert "Bandwidth beside the runs: 10.0 to 30.0 GB/s" in page
 
 
+def test_the_page_of_mixed_contexts_has_nothing_of_the_papers_beside_it() -> None:
+    mixed = sweep_markdown(result_of(Cell(8, MIXED, 1.0)))
+    assert "best k of each drafter and cell" in mixed
+    assert "Paper" not in mixed
+    both = sweep_markdown(result_of(Cell(8, 512, 1.0), Cell(8, MIXED, 1.0)))
+    assert "Figure 4" in both
+    assert "| 8 | mixed |" not in both
+
+
 def test_a_killed_sweep_leaves_a_file_that_only_the_same_settings_take_up(tmp_path: Path) -> None:
     file = tmp_path / "sweep.json"
     left = {"config": settings_of(CONFIG), "rows": [1]}

@@ -72,6 +72,12 @@ def test_defaults_are_those_of_the_dataclass() -> None:
     assert call("here") == (0, OuterParams(source=Path("here")))
 
 
+def test_one_field_given_leaves_its_neighbours_as_the_outer_default_has_them() -> None:
+    _, got = call("here", "--no-fast")
+    assert got is not None
+    assert got.inner == InnerConfig(rate=0.25, fast=False)
+
+
 def test_every_kind_of_option() -> None:
     options = [
         "--sizes",

@@ -85,16 +85,18 @@ def leaves(cls: type, default: Any = MISSING, path: tuple[str, ...] = ()) -> lis
     return found
 
 
-def build(cls: type[C], values: Mapping[tuple[str, ...], Any], path: tuple[str, ...] = ()) -> C:
-    """The dataclass with ``values`` by path; fields without a value keep their default."""
+def build(cls: type[C], values: Mapping[tuple[str, ...], Any], path: tuple[str, ...] = (), default: Any = None) -> C:
+    """The dataclass with ``values`` by path; fields without a value are those of ``default``, or of the class."""
     arguments: dict[str, Any] = {}
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         here = (*path, item.name)
         if here in values:
             arguments[item.name] = values[here]
         elif any(other[: len(here)] == here for other in values):
-            arguments[item.name] = build(typing.get_type_hints(cls)[item.name], values, here)
-    return cls(**arguments)
+            inner = getattr(default, item.name, None) if default is not None else _default(item)
+            inner = None if inner is MISSING else inner
+            arguments[item.name] = build(typing.get_type_hints(cls)[item.name], values, here, inner)
+    return cls(**arguments) if default is None else dataclasses.replace(default, **arguments)
 
 
 def signature(found: list[Leaf], look: Look) -> list[inspect.Parameter]:

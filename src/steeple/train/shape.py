@@ -28,6 +28,8 @@ SHAPES = {
     "target": Shape(layers=8, hidden=512, heads=8, head_dim=128, intermediate=1408),
     # an eighth of the target's body
     "small": Shape(layers=4, hidden=256, heads=8, head_dim=64, intermediate=704),
+    # a tenth of the small one's body: cheap enough to draft for whatever is easy
+    "little": Shape(layers=2, hidden=128, heads=2, head_dim=64, intermediate=352),
     # trains in seconds: to try a recipe
     "tiny": Shape(layers=2, hidden=32, heads=2, head_dim=16, intermediate=64, vocab=512, context=256),
 }

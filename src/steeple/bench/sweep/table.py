@@ -82,15 +82,15 @@ def _with_k(row: Row) -> str:
 
 def _beside_the_paper(rows: Sequence[Row]) -> list[str]:
     """The paper's Table 1 and its Figure 4, with the drafters that are like its drafts."""
-    own = [row for row in select.at_k(rows, K) if row["temperature"] == PAPER_TEMPERATURE and not row["adaptive"]]
+    fixed = [row for row in select.at_k(rows, K) if row["temperature"] == PAPER_TEMPERATURE and not row["adaptive"]]
+    own = [row for row in fixed if select.context_of(row) != select.MIXED]  # the paper has no mixed contexts
     pairs = [(draft, drafter) for draft in DRAFTS for drafter in select.drafters(own) if _like(draft, drafter)]
     if not pairs:
         return []
     heads = [f"{draft.name} / {drafter}" for draft, drafter in pairs]
     tau = [f"**Paper's Table 1 / ours: tau at k = {K}, T = {PAPER_TEMPERATURE:g}, ours over all batches**", ""]
     tau += [_line(["context", *heads]), "|" + "---:|" * (1 + len(heads))]
-    places = select.contexts(own)
-    for context in sorted({*(c for d in DRAFTS for c in d.tau), *(p for p in places if p != select.MIXED)}):
+    for context in sorted({*(c for d in DRAFTS for c in d.tau), *select.contexts(own)}):
         ours = [[r["tau"] for r in own if r["drafter"] == name and r["context"] == context] for _, name in pairs]
         texts = [
             f"{_number(draft.tau.get(context))} / {_number(mean(taus) if taus else None)}"
@@ -115,7 +115,7 @@ def _like(draft: PaperDraft, drafter: str) -> bool:
 
 def _figure_4(draft: PaperDraft, batch: int, context: Any) -> float | None:
     """The paper's multiplier in the cell nearest to ours; none for what it does not show."""
-    if batch not in BATCHES or context == select.MIXED:
+    if batch not in BATCHES:
         return None
     nearest = min(CONTEXTS, key=lambda value: abs(value - context))
     if abs(nearest - context) > nearest / 16:
