@@ -7,12 +7,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from steeple.errors import InternalError
 from steeple.types import SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FinishReason(StrEnum):
@@ -86,6 +90,18 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
+class Constraint(Protocol):
+    """What else shapes the law of one request: biases, a grammar. It depends on the request's text alone."""
+
+    def shape(self, request: Request, logits_RV: Tensor, paths: Sequence[Sequence[int]]) -> None:
+        """Change float32 logits of the unprocessed target in place, before penalties and temperature.
+
+        Row i is predicted after the request's text and the drafted tokens ``paths[i]`` behind it; the first row's path
+        is empty. A row behind a path that cannot be must stay a law (not all -inf); it is never drawn from.
+        """
+        ...
+
+
 class Request:
     """One sequence on its way through the engine.
 
@@ -96,6 +112,7 @@ class Request:
     def __init__(self, id: str, prompt: Sequence[int], params: SamplingParams) -> None:
         self.id = id
         self.params = params
+        self.constraint: Constraint | None = None
         self.prompt_len = len(prompt)
         self.cached = 0
         self.limit = len(prompt) + params.max_tokens  # most tokens of the text; the engine's context may lower it

@@ -59,7 +59,7 @@ class Judge:
         else:
             own, rows = _rows_of(batch, places, draft)
             hidden_RD = hidden_TD[torch.from_numpy(rows).to(hidden_TD.device)]
-        if not sampling.laws.all_greedy or sampling.laws.penalised or sampling.logprobs:
+        if sampling.constrained or sampling.logprobs or sampling.laws.penalised or not sampling.laws.all_greedy:
             bits_N = batch.layout.ancestors[batch.node_rows]
             if self._portion and hidden_RD.shape[0] > self._portion:
                 return self._in_portions(bits_N, sampling, own, hidden_RD)
@@ -97,7 +97,9 @@ class Judge:
         """Where the best token of a row does not say enough. ``bits_N``: the nodes above each node, as in a batch."""
         requests, laws = sampling.requests, sampling.laws
         raw_RV = self._runner.logits(hidden_RD)
-        logits_RV = self._penalised(raw_RV, sampling, bits_N, draft) if laws.penalised else raw_RV
+        logits_RV = _constrained(raw_RV, sampling, bits_N, draft) if sampling.constrained else raw_RV
+        if laws.penalised:
+            logits_RV = self._penalised(logits_RV, sampling, bits_N, draft)
         counter = np.fromiter(map(len, requests), np.int64, len(requests))
         verdict = verify(logits_RV, draft, laws, sampling.generators, counter, self._native)
         judgement = _as_lists(verdict, draft)
@@ -126,6 +128,20 @@ class Judge:
             path = torch.from_numpy(start[node] + above).to(device)
             counts.add(torch.from_numpy(rows).to(device), draft.tokens[path])
         return penalise(logits_RV, sampling.laws, owner_R, counts)
+
+
+def _constrained(logits_RV: Tensor, sampling: SamplingBatch, bits_N: Tensor, draft: Draft) -> Tensor:
+    """New logits, shaped by what constrains each request. ``bits_N``: the nodes above each node."""
+    shaped_RV = logits_RV.clone()
+    cu, bits, tokens = draft.cu.tolist(), bits_N.tolist(), draft.tokens.tolist()
+    for b, request in enumerate(sampling.requests):
+        if request.constraint is None:
+            continue
+        first, end = cu[b], cu[b + 1]
+        own = tokens[first:end]
+        paths = [[own[j] for j in range(end - first) if bits[node] >> j & 1] for node in range(first, end)]
+        request.constraint.shape(request, shaped_RV[first + b : end + b + 1], [[], *paths])
+    return shaped_RV
 
 
 def portions(rows: NDArray[np.int64], most: int) -> list[tuple[int, int]]:

@@ -87,6 +87,7 @@ class SamplingBatch:
     laws: Laws
     generators: Generators
     logprobs: bool
+    constrained: bool = False
 
     @staticmethod
     def of(requests: Sequence[Request], device: torch.device | str = "cpu") -> SamplingBatch:
@@ -96,6 +97,7 @@ class SamplingBatch:
             Laws.of([r.params for r in requests], device),
             Generators([r.seed for r in requests]),
             any(r.params.logprobs is not None for r in requests),
+            any(r.constraint is not None for r in requests),
         )
 
 
