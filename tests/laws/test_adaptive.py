@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from checks import GREEDY, PROCESSORS, PROMPT, SMALL, SMALL_BAD, exact_law, plai
 from exact import check_sample
 from lab import CACHES, CacheKind, drafters, make_engine, make_requests, run
 
+from steeple.draft.auto import AutoConfig
 from steeple.draft.auto_k import AutoK
 from steeple.draft.base import Drafter, Surroundings
 from steeple.engine.engine import Engine
@@ -19,7 +21,8 @@ from steeple.engine.length import GoodputLengths
 from steeple.model.decoder import Decoder
 from steeple.request import Request
 
-ROWS = ("ngram", "small_lm", "sparse_self", "sparse_self_pillar", "spire", "spire_memory")
+CALIBRATION = Path(__file__).parents[2] / "bench" / "results" / "calibration.json"
+ROWS = ("ngram", "small_lm", "sparse_self", "sparse_self_pillar", "spire", "spire_memory", "auto")
 
 
 class Rolled:
@@ -43,6 +46,8 @@ class Rolled:
 
 
 def adaptive(row: str, target: Decoder | None = None, bad: Decoder | None = None) -> Callable[[Surroundings], Drafter]:
+    if row == "auto":  # takes the one that needs no model beside the target's, for there is no other
+        return AutoConfig(k=4, calibration=str(CALIBRATION)).build
     rows = drafters() if target is None or bad is None else drafters(target, bad)
 
     def build(around: Surroundings) -> Drafter:
