@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from checks import prompts
-from lab import CACHES, CPU, TARGET, make_engine, make_requests, run
+from lab import BAD, CACHES, CPU, TARGET, make_engine, make_requests, run
 
 from steeple.draft.auto_k import AutoK
 from steeple.draft.base import Drafter, Surroundings
 from steeple.draft.carry import Carry
+from steeple.draft.small_lm import SmallLM, SmallLMConfig
 from steeple.draft.sparse_self import SparseSelfConfig
 from steeple.draft.spire import SpireDraftConfig, SpireParts, spire_drafter
 from steeple.draft.spire_model import SpireShape, prune
@@ -51,6 +52,7 @@ BUILDS: dict[str, Build] = {
     "carry": spire(carry=True),
     "pillar": spire(carry=True, choose="pillar"),
     "sparse_self": SparseSelfConfig(sink=1, window=3, k=4).build,
+    "small_lm": lambda around: SmallLM(SmallLMConfig(k=4), packed(copy.deepcopy(BAD)), around),
     "compact": SparseSelfConfig(sink=1, window=3, k=4, compact=True).build,
 }
 
@@ -58,9 +60,9 @@ BUILDS: dict[str, Build] = {
 class Twice(AutoK):
     """Every draft is made in one call, then pass by pass, and compared."""
 
-    def __init__(self, drafter: WindowDrafter) -> None:
+    def __init__(self, drafter: WindowDrafter | SmallLM) -> None:
         super().__init__(drafter)
-        self.inner, self.rounds, self.passes = drafter, 0, 0
+        self.inner, self.rounds, self.parted = drafter, 0, 0
 
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> Draft:
         inner, calls = self.inner, [0]
@@ -74,6 +76,10 @@ class Twice(AutoK):
         inner._round = counted  # type: ignore[assignment]
         found = super().propose(requests, budget)
         inner._round = None
+        if isinstance(inner, SmallLM):  # its cache holds the draft of the first proposal; the text decides
+            for request in requests:
+                inner._states[request.id].nodes = []
+                inner._states[request.id].cached = min(inner._states[request.id].cached, len(request) - 1)
         wanted = super().propose(requests, budget)
         inner._round = native
         assert torch.equal(found.tokens, wanted.tokens)
@@ -81,8 +87,8 @@ class Twice(AutoK):
         assert (found.probs is None) == (wanted.probs is None)
         if found.probs is not None and wanted.probs is not None:
             assert torch.equal(found.probs, wanted.probs)
-        self.rounds += calls[0]
-        self.passes += 1 - calls[0] if any(budget) else 0
+        self.rounds += calls[0] > 0
+        self.parted += calls[0] > 1
         return found
 
 
@@ -100,13 +106,13 @@ def test_one_call_drafts_what_the_passes_draft(name: str, law: str) -> None:
 
     def build(around: Surroundings) -> Drafter:
         inner = BUILDS[name](around)
-        assert isinstance(inner, WindowDrafter)
+        assert isinstance(inner, WindowDrafter | SmallLM)
         made.append(Twice(inner))
         return made[0]
 
     engine = make_engine(build, CACHES["paged"], target=packed(copy.deepcopy(TARGET)), batch_size=5)
     die = iter(range(10**6))
-    # Every third round is ragged, which the native call leaves to the passes.
+    # Every third round is ragged: a call as far as all chains reach, then one for those that go on.
     engine._lengths = None
     engine.budget = lambda request: 4 if (next(die) // 5) % 3 else 1 + len(request) % 4
     each = [replace(LAWS[law], seed=i) for i in range(8)]
@@ -115,4 +121,4 @@ def test_one_call_drafts_what_the_passes_draft(name: str, law: str) -> None:
         assert made[0].rounds == 0
     else:
         assert made[0].rounds >= 5
-    assert made[0].passes >= 2
+        assert made[0].parted >= 2

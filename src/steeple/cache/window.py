@@ -108,14 +108,14 @@ class WindowBatches:
         """The rows at ``base + depth``, with these tokens, host ``[B]``."""
         return self._opened.at(depth, tokens)
 
-    def all(self, tokens: Ints) -> RoundRows:
-        """The rows of the whole round at once; ``tokens [B]`` are the roots."""
-        return self._opened.all(tokens)
+    def run(self, depth: int, passes: int, tokens: Ints) -> RoundRows:
+        """The rows at ``base + depth`` and of the passes behind it, ``passes`` in all; ``tokens [B]`` are the first."""
+        return self._opened.run(depth, passes, tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class RoundRows:
-    """The rows of all forwards of a round, by depth, ``[k, B]`` each: ``positions`` and ``slots``, int64, and how many
+    """The rows of forwards that follow each other, by depth, ``[k, B]`` each: ``positions`` and ``slots``, int64, and how many
     keys of their view the rows see, ``seen``, int32. ``first``: the batch of the first forward, on the host.
     """
 
@@ -196,10 +196,11 @@ class _Rows:
         for b, (own, apart) in enumerate(zip(blocks, self._apart.tolist(), strict=True)):
             self._blocks[:, :, b, :apart] = own[:apart]
 
-    def all(self, tokens: Ints) -> RoundRows:
-        """See ``WindowBatches.all``."""
-        self.at(0, tokens)
-        return RoundRows(self._batch, self._at, self._writes, self._sees.astype(np.int32))
+    def run(self, depth: int, passes: int, tokens: Ints) -> RoundRows:
+        """See ``WindowBatches.run``."""
+        own = slice(depth, depth + passes)
+        self.at(depth, tokens)
+        return RoundRows(self._batch, self._at[own], self._writes[own], self._sees[own].astype(np.int32))
 
     def at(self, depth: int, tokens: Ints) -> Batch:
         """See ``WindowBatches.at``."""

@@ -47,7 +47,10 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a drafter is built from: the target and how the engine around it runs. ``batch_size``: 0 = not said."""
+    """What a drafter is built from: the target and how the engine around it runs. ``batch_size``: 0 = not said.
+
+    ``chooses``: take the likeliest token of every law, also for requests that sample, instead of drawing from it.
+    """
 
     decoder: Decoder
     tokenizer: object
@@ -61,6 +64,7 @@ class Surroundings:
     kernels: Kernels = field(default_factory=Kernels)
     graphs: bool = False
     batch_size: int = 0
+    chooses: bool = False
 
 
 class Lengths(Protocol):

@@ -7,20 +7,30 @@ verification is exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from steeple.cache.batch import Ints
-from steeple.draft.base import chain_forest
+from steeple.draft.base import Surroundings, chain_forest
 from steeple.draft.tree import chain_with_leaves
 from steeple.model.rounds import Draws
 from steeple.model.run import Runner
-from steeple.ops.law import Counts, SamplingBatch, argmax, count_text, draw, penalise, probabilities
-from steeple.ops.rng import Stream
+from steeple.ops.law import Counts, Laws, SamplingBatch, argmax, count_text, draw, penalise, probabilities
+from steeple.ops.rng import Generators, Stream
 from steeple.ops.sampling import sampler
+from steeple.request import Request
 from steeple.types import Draft
+
+
+def sampling_of(requests: Sequence[Request], around: Surroundings) -> SamplingBatch:
+    """How drafts of ``requests`` are drawn: as they sample, or greedily where drafters ``choose``; penalties stay."""
+    if not around.chooses:
+        return SamplingBatch.of(requests, around.device)
+    greedy = [replace(r.params, temperature=0.0) for r in requests]
+    return SamplingBatch(list(requests), Laws.of(greedy, around.device), Generators([]), False)
 
 
 class Chain:
@@ -57,24 +67,39 @@ class Chain:
 
     @property
     def plain(self) -> bool:
-        """Whether all chains are equally deep, and every node is the likeliest or drawn from the softmax of its logits
-        over temperature: what one native call can do for a whole round."""
+        """Whether every node is the likeliest or drawn from the softmax of its logits over temperature: what a native
+        call can do for several passes."""
         laws = self._sampling.laws
-        alike = self._shortest == int(self.budget.max()) and self._width == 1 and self._counts is None
-        whole = self._runner.decoder.config.vocab_size == self._vocab
-        return alike and whole and (self._probs is None or not (laws.any_greedy or laws.truncated))
+        whole = self._runner.decoder.config.vocab_size == self._vocab and self._width == 1 and self._counts is None
+        return whole and (self._probs is None or not (laws.any_greedy or laws.truncated))
 
-    @property
-    def draws(self) -> Draws | None:
-        """What a ``plain`` round draws by; None: it takes the likeliest tokens."""
+    def passes(self, depth: int) -> int:
+        """From ``depth`` on, how many passes the same chains want."""
+        if depth < self._shortest:
+            return self._shortest - depth
+        return int(self.budget[self.budget > depth].min()) - depth
+
+    def draws(self, places: Ints, passes: int) -> Draws | None:
+        """What the next nodes of a ``plain`` chain are drawn by; None: they are the likeliest.
+
+        Args: places: the active chains; passes: nodes of each.
+        """
         if self._probs is None:
             return None
-        return Draws(self._sampling.laws.temperature, self._uniform, self._probs)
+        depth, laws = len(self.tokens), self._sampling.laws
+        uniform = self._uniform[depth : depth + passes]
+        temperature = laws.temperature
+        if places.shape[0] < self.budget.shape[0]:
+            uniform, temperature = np.ascontiguousarray(uniform[:, places]), temperature[torch.from_numpy(places)]
+        rows = passes * places.shape[0]
+        self._written += rows
+        return Draws(temperature, uniform, self._probs[self._written - rows : self._written])
 
-    def fill(self, tokens_kB: Ints) -> None:
-        """All nodes of a ``plain`` round, whose laws have been written already."""
-        self.tokens = list(tokens_kB)
-        self._drawn = [self._everyone] * tokens_kB.shape[0]
+    def fill(self, tokens_kR: Ints, places: Ints) -> None:
+        """Nodes of the active chains, by depth, whose laws have been written already."""
+        for drawn in tokens_kR:
+            self.tokens.append(self._spread(drawn, places))
+            self._drawn.append(places)
 
     def active(self, depth: int) -> Ints:
         """Places whose budget asks for a node at ``depth``."""

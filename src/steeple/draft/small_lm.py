@@ -18,14 +18,16 @@ from torch import Tensor
 from steeple import hf
 from steeple.cache.batch import BatchMaker, Ints
 from steeple.cache.paged import PagedCache
+from steeple.cache.window import EVERYTHING, Window, WindowBatches
 from steeple.config import check_range
 from steeple.draft.base import Drafter, Needs, Surroundings
-from steeple.draft.chain import Chain
+from steeple.draft.chain import Chain, sampling_of
 from steeple.draft.declared import key_bytes_per_token, stored_config
 from steeple.errors import ConfigError
 from steeple.model.accelerate import accelerate
 from steeple.model.decoder import Decoder, Hidden
 from steeple.model.load import load_decoder
+from steeple.model.rounds import native_round
 from steeple.model.run import Runner
 from steeple.ops.law import SamplingBatch
 from steeple.plan.memory_parts import DraftMemory, Lay, weight_bytes
@@ -130,6 +132,8 @@ class SmallLM:
         self._runner = Runner(self._decoder, self.cache, around.attention)
         accelerate(self._runner, graphs=around.graphs)
         self._maker = BatchMaker(around.block_size, around.device)
+        self._round = native_round(self._runner, None)
+        self._texts = WindowBatches(around.block_size, around.device, Window(sink=0, window=EVERYTHING))
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> Draft:
@@ -140,13 +144,13 @@ class SmallLM:
             return Draft.empty(len(requests), self._around.device)
         drafted = [requests[b] for b in places]
         if self._sampling.requests != drafted:
-            self._sampling = SamplingBatch.of(drafted, self._around.device)
+            self._sampling = sampling_of(drafted, self._around)
             self._ones = np.ones(len(drafted), dtype=np.int64)
         chain = Chain(self._sampling, [nodes[b] for b in places], self._runner, self._vocab)
         rows = _Rows.of(drafted, self.cache)
         chain.extend(self._catch_up(rows))
-        for depth in range(1, max(nodes)):
-            chain.extend(self._advance(rows, chain, depth))
+        while len(chain.tokens) < max(nodes):
+            self._advance(rows, chain, len(chain.tokens))
         table = chain.table()
         for name, count, drawn in zip(rows.ids, chain.budget.tolist(), table.tolist(), strict=True):
             self._states[name].nodes = drawn[: count - 1]  # the last node was never an input
@@ -205,17 +209,32 @@ class SmallLM:
                     last[place] = hidden[end - 1]
         return torch.stack([last[place] for place in range(len(states))])
 
-    def _advance(self, rows: _Rows, chain: Chain, depth: int) -> Tensor:
-        """One more token of every chain that wants it."""
+    def _advance(self, rows: _Rows, chain: Chain, depth: int) -> None:
+        """One more token of every chain that wants it; natively, as many as the same chains want."""
         active = chain.active(depth)
-        starts, tokens = rows.lengths + (depth - 1), chain.tokens[depth - 1]
-        if active.shape[0] == tokens.shape[0]:
-            return self._forward(rows, starts, self._ones, tokens)
-        return self._forward(rows.at(active.tolist()), starts[active], self._ones[active], tokens[active])
+        everyone = active.shape[0] == len(rows.ids)
+        own, tokens = (rows, chain.tokens[-1]) if everyone else (rows.at(active.tolist()), chain.tokens[-1][active])
+        if self._round is None or not chain.plain:
+            chain.extend(self._forward(own, own.lengths + (depth - 1), self._ones[: active.shape[0]], tokens))
+            return
+        passes = chain.passes(depth)
+        if not everyone or depth == 1:
+            self._texts.open(own.ids, own.tables, own.lengths - 1, depth + passes)
+        drawn, _ = self._round(self._texts.run(depth, passes, tokens), chain.draws(active, passes), None)
+        chain.fill(drawn, active)
 
     def _forward(self, rows: _Rows, starts: Ints, counts: Ints, tokens: Ints) -> Tensor:
         tokens = np.minimum(tokens, self._last_token)
         return self._runner.forward(self._maker.make(rows.ids, rows.tables, starts, counts, tokens, rows.none)).final_TD
+
+    def behind(self, request: Request) -> int:
+        """Rows of the text, without its newest token, that the request's next round reads first; what other requests'
+        blocks hold of it is not counted."""
+        state = self._states.get(request.id)
+        if state is None:
+            return len(request) - 1
+        state.settle(request)
+        return len(request) - 1 - state.cached
 
     def observe(self, requests: Sequence[Request], batch: Batch, kept: Sequence[Sequence[int]], hidden: Hidden) -> None:
         """Nothing: the next proposal settles its cache by comparing its nodes with the text."""

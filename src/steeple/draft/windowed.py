@@ -23,7 +23,7 @@ from steeple.cache.slice import LayerCache
 from steeple.cache.window import Window, WindowBatches
 from steeple.draft.base import Needs, Surroundings
 from steeple.draft.carry import CarriedStates, Carry
-from steeple.draft.chain import Chain
+from steeple.draft.chain import Chain, sampling_of
 from steeple.draft.spire_model import FeedbackMemory, embedding, keys_values
 from steeple.errors import InternalError
 from steeple.model.accelerate import accelerate
@@ -177,7 +177,7 @@ class WindowDrafter:
             return Draft.empty(len(requests), self.around.device)
         drafted = list(requests) if len(places) == len(requests) else [requests[b] for b in places]
         if self._sampling.requests != drafted:
-            self._sampling = SamplingBatch.of(drafted, self.around.device)
+            self._sampling = sampling_of(drafted, self.around)
         counts = [min(nodes, self._k) for nodes in budget]
         width = self._width if self._sampling.laws.all_greedy and not self._sampling.laws.penalised else 1
         chain = Chain(self._sampling, [counts[b] for b in places], self._passes.runner, self._vocab, width)
@@ -188,26 +188,28 @@ class WindowDrafter:
         everyone = [r.id for r in requests]
         base = np.fromiter(map(len, requests), np.int64, len(requests)) - 1
         tokens: Ints = np.fromiter([r.newest for r in requests], np.int64, len(requests))
-        deepest, rows = int(chain.budget.max()), 0
-        if self._round is not None and chain.plain:
-            self._open(everyone, base, deepest)
-            carried = None if self._states is None else self._states.of(everyone)
-            chain.fill(self._round(self._windows.all(tokens), chain.draws, carried))
-            return
+        deepest, depth = int(chain.budget.max()), 0
         state = None if self._states is None else self._states.of(everyone)
-        before = chain.active(0)
-        for depth in range(deepest):
+        before: Ints = np.zeros(0, dtype=np.int64)
+        while depth < deepest:
             active = chain.active(depth)
-            if active.shape[0] != rows:
-                rows = active.shape[0]
-                if state is not None and rows < state.shape[0]:
+            if active.shape[0] != before.shape[0]:
+                if state is not None and active.shape[0] < state.shape[0]:
                     state = state[torch.from_numpy(np.searchsorted(before, active)).to(state.device)]
                 before = active
-                ids = everyone if rows == len(everyone) else [everyone[b] for b in active.tolist()]
+                ids = everyone if active.shape[0] == len(everyone) else [everyone[b] for b in active.tolist()]
                 self._open(ids, base[active], deepest)
-            batch = self._windows.at(depth, tokens[active] if rows < len(everyone) else tokens)
-            hidden = self._passes.forward(batch, state)
-            chain.extend(hidden)
+            own = tokens if active.shape[0] == len(everyone) else tokens[active]
+            if self._round is not None and chain.plain:
+                passes = chain.passes(depth)
+                rows = self._windows.run(depth, passes, own)
+                drawn, hidden = self._round(rows, chain.draws(active, passes), state)
+                chain.fill(drawn, active)
+                depth += passes
+            else:
+                hidden = self._passes.forward(self._windows.at(depth, own), state)
+                chain.extend(hidden)
+                depth += 1
             tokens = chain.tokens[-1]
             state = None if state is None else hidden
 

@@ -59,13 +59,16 @@ class NativeRound:
         self._room = torch.empty(0)
         self._logits = torch.empty(0)
 
-    def __call__(self, rows: RoundRows, draws: Draws | None, state_BD: Tensor | None) -> NDArray[np.int64]:
-        """The nodes of all chains, ``[k, B]``.
+    def __call__(
+        self, rows: RoundRows, draws: Draws | None, state_BD: Tensor | None
+    ) -> tuple[NDArray[np.int64], Tensor]:
+        """The nodes of all chains, ``[k, B]``, and the hidden states ``[B, D]`` of the last pass, valid until the next
+        call.
 
         Args:
-            rows: of the round, the roots' tokens in its first batch.
+            rows: of the passes, with the tokens that the first of them reads.
             draws: None takes the likeliest tokens.
-            state_BD: before the roots, where states are carried.
+            state_BD: before those tokens, where states are carried; may be what the last call returned.
         """
         k, B = rows.positions.shape
         tokens = np.empty((k + 1, B), dtype=np.int64)
@@ -96,7 +99,8 @@ class NativeRound:
             hidden,
         )
         self._whole.require(self._call(model, step, ctypes.addressof(round)))
-        return tokens[1:]
+        width = self._decoder.config.hidden_size
+        return tokens[1:], self._room[B * width : 2 * B * width].view(B, width)
 
     def _rooms(self, rows: int) -> tuple[int, int]:
         width = self._decoder.config.hidden_size
