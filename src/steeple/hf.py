@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from steeple.errors import ModelError, TokenizerMismatch, UnsupportedModel, WeightError
 
-EMBEDDED = {"demo": "target", "demo/small": "small"}
+EMBEDDED = {"demo": "target", "demo/small": "small", "demo/little": "little"}
 """The special names of the embedded models and their folders."""
 
 PATTERNS = ("model*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt")
@@ -26,9 +26,10 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def resolve(model: str | Path) -> Path:
-    """The local folder of ``model``: a folder, a hub name (downloaded once), ``"demo"`` or ``"demo/small"``.
+    """The local folder of ``model``: a folder, a hub name (downloaded once), ``"demo"``, ``"demo/small"``
+    or ``"demo/little"``.
 
-    The two special names win over folders of the same name; write ``./demo`` for such a folder.
+    The special names win over folders of the same name; write ``./demo`` for such a folder.
 
     Raises:
         ModelError: there is no such folder or hub model, or it cannot be reached.

@@ -67,7 +67,9 @@ def test_the_papers_pruned_drafts() -> None:
         SHAPES["llama-3-70b"].last_layers(81)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("demo", 38_281_728), ("demo/small", None), ("demo/spire", None)])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("demo", 38_281_728), ("demo/small", None), ("demo/little", None), ("demo/spire", None)]
+)
 def test_embedded_models(name: str, parameters: int | None) -> None:
     """The shape's parameters are as many as the weights in the file."""
     shape = find_shape(name)

@@ -15,7 +15,7 @@ from steeple.train.card import card
 from steeple.train.loss import next_token_loss
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
-NAMES = ("target", "small")
+NAMES = ("target", "small", "little")
 TEXT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self."
 
 
@@ -45,8 +45,9 @@ def test_the_schedule_was_finished() -> None:
 
 
 def test_one_vocabulary_and_few_bytes() -> None:
-    check_same_tokenizer(load_tokenizer(MODELS / "target"), load_tokenizer(MODELS / "small"))
-    assert sum(path.stat().st_size for name in NAMES for path in (MODELS / name).glob("*.safetensors")) < 90e6
+    for name in NAMES[1:]:
+        check_same_tokenizer(load_tokenizer(MODELS / "target"), load_tokenizer(MODELS / name))
+    assert sum(path.stat().st_size for name in NAMES for path in (MODELS / name).glob("*.safetensors")) < 95e6
 
 
 def test_the_tokenizer_gives_every_text_back() -> None:

@@ -16,8 +16,8 @@ from steeple.errors import ConfigError, ModelError, UnsupportedModel, did_you_me
 
 Floats = NDArray[np.float64]
 
-EMBEDDED = MappingProxyType({"demo": "target", "demo/small": "small", "demo/spire": "spire"})
-"""Special names of the embedded models and their folders; the first two are those of ``steeple.hf``."""
+EMBEDDED = MappingProxyType({"demo": "target", "demo/small": "small", "demo/little": "little", "demo/spire": "spire"})
+"""Special names of the embedded models and their folders; all but the last are those of ``steeple.hf``."""
 
 REQUIRED = MappingProxyType(
     {
