@@ -20,7 +20,8 @@ from steeple.ops.attention import paged_attention
 from steeple.ops.triton_attention import HeadShape, TritonAttention
 from steeple.ops.triton_plan import ITEM, NO_TREE, Tiling, bit_length, make_plan
 
-pytestmark = needs_triton
+# Slow: the interpreter takes a minute, and triton comes with other libraries.
+pytestmark = [needs_triton, pytest.mark.slow]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
