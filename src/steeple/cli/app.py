@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ("steeple.cli.generate", "Complete a file of prompts, faster and with the same tokens."),
     "bench": ("steeple.cli.bench", "Measure drafters against plain decoding, in one process."),
     "plan": ("steeple.cli.plan", "Say what pays for a model on a machine before anything is tried."),
+    "serve": ("steeple.cli.serve", "Serve a model over HTTP, as OpenAI's API, with a live page."),
     "verify": ("steeple.cli.verify", "Prove on this machine that speculation changes nothing."),
     "convert": ("steeple.cli.convert", "Turn a GGUF or llama2.c checkpoint into a Hugging Face folder."),
 }
@@ -25,7 +26,12 @@ TRAIN = {
     "spire": ("steeple.cli.train_spire", "Train a draft that reads its target's cache; resumable."),
     "laws": ("steeple.cli.train_laws", "Train a grid of drafts, sizes by tokens, for scaling laws; resumable."),
 }
-BENCH = {"step": ("steeple.cli.bench_step", "Time one step, part by part, against the machine's floor.")}
+BENCH = {
+    "step": ("steeple.cli.bench_step", "Time one step, part by part, against the machine's floor."),
+    "padded": ("steeple.cli.bench_padded", "Batched speculation for transformers' own models, by schedule and batch."),
+    "select": ("steeple.cli.bench_select", "Choice among drafters per request, beside every single one and an oracle."),
+    "serve": ("steeple.cli.bench_serve", "Load any OpenAI-compatible server; latencies, goodput, acceptance."),
+}
 PLAN = {
     "calibrate": ("steeple.cli.plan_calibrate", "Measure this machine and the engine's rounds; store a step model."),
     "fleet": ("steeple.cli.plan_fleet", "Simulate a serving fleet: GPUs, latencies, cost, with and without drafters."),

@@ -96,14 +96,16 @@ class Judge:
     def _by_logits(self, bits_N: Tensor, sampling: SamplingBatch, draft: Draft, hidden_RD: Tensor) -> Judgement:
         """Where the best token of a row does not say enough. ``bits_N``: the nodes above each node, as in a batch."""
         requests, laws = sampling.requests, sampling.laws
-        raw_RV = self._runner.logits(hidden_RD)
-        logits_RV = _constrained(raw_RV, sampling, bits_N, draft) if sampling.constrained else raw_RV
+        logits_RV = self._runner.logits(hidden_RD)
+        raw_RV = logits_RV if sampling.logprobs else None  # not held where nobody reads it
+        if sampling.constrained:
+            logits_RV = _constrained(logits_RV, sampling, bits_N, draft)
         if laws.penalised:
             logits_RV = self._penalised(logits_RV, sampling, bits_N, draft)
         counter = np.fromiter(map(len, requests), np.int64, len(requests))
         verdict = verify(logits_RV, draft, laws, sampling.generators, counter, self._native)
         judgement = _as_lists(verdict, draft)
-        if sampling.logprobs:
+        if raw_RV is not None:
             cu = verdict.cu.tolist()
             for b, request in enumerate(requests):
                 rows = torch.from_numpy(verdict.row[cu[b] : cu[b + 1]]).to(raw_RV.device)

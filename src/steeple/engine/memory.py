@@ -127,6 +127,11 @@ def measured(built: Drafter, target: Decoder) -> DraftMemory:
     )
 
 
+def most_prompt_rows(config: EngineConfig, requests: int, context: int) -> int:
+    """Prompt rows that a step may have: ``step_tokens``, or all prompts of the batch where these are fewer."""
+    return min(config.step_tokens, requests * context)
+
+
 def wish_of(config: EngineConfig, setting: Setting, k: int, width: int) -> Wish:
     """What the settings ask for. The keys that the batch needs, before anything of the draft is kept: ``kv_tokens``; or
     ``batch_size`` times ``max_context`` where both are given; or one request of full length."""
@@ -137,7 +142,8 @@ def wish_of(config: EngineConfig, setting: Setting, k: int, width: int) -> Wish:
         stated = bool(config.batch_size and config.max_context)
         needed = batch * setting.full if stated else max(setting.full, config.batch_size)
         most = max(needed, FULL_REQUESTS * setting.full)
-    load = Load(requests=batch, blocks=needed, chunk=config.step_tokens, k=k, width=width)
+    chunk = most_prompt_rows(config, batch, setting.context)
+    load = Load(requests=batch, blocks=needed, chunk=chunk, k=k, width=width)
     return Wish(load=load, most_blocks=most, free_requests=not config.batch_size)
 
 
