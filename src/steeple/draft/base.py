@@ -95,7 +95,11 @@ class DecidesLengths(Protocol):
 
 
 class Drafter(Protocol):
-    """``propose`` sees only requests whose prompt is in the target's cache. ``budget[b]`` nodes at most, maybe 0."""
+    """``propose`` sees only requests whose prompt is in the target's cache. ``budget[b]`` nodes at most, maybe 0.
+
+    In a pipeline ``propose`` runs on a thread of its own, beside a forward of the target over other requests; no other
+    method runs beside it. Rounds of disjoint requests overlap: what belongs to a round is kept by request.
+    """
 
     @property
     def needs(self) -> Needs: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +23,11 @@ from steeple.engine.memory import (
     declared,
     lay_of,
     measured,
+    most_prompt_rows,
     require_room,
     within,
 )
+from steeple.engine.pipeline import PipelinedEngine
 from steeple.errors import ConfigError
 from steeple.hardware import available_memory, pick_device
 from steeple.model.decoder import Decoder
@@ -33,10 +36,14 @@ from steeple.model.load import load_decoder
 from steeple.model.quantize import quantize_weights
 from steeple.ops.attention import PagedAttention
 from steeple.ops.kernels import Kernels, kernels
+from steeple.ops.memory import give_back
 from steeple.ops.native_attention import attention_backend
+from steeple.ops.triton_attention import TritonAttention
 from steeple.plan.memory import plan_cache
 from steeple.plan.memory_fit import Load, Setting
 from steeple.plan.memory_parts import DraftMemory
+
+log = logging.getLogger(__name__)
 
 # EngineConfig.weights -> what is done to the decoder as loaded
 PREPARE: dict[str, Callable[[Decoder], None]] = {"stored": lambda _decoder: None, "int8": quantize_weights}
@@ -99,6 +106,10 @@ def build_engine(
     Raises ``CapacityError`` if memory, or the budget for it, does not suffice whatever is given up.
     """
     shape = target.decoder.config
+    pipelined = config.micro_batches != 1 and drafter is not None
+    if pipelined and target.device.type == "cuda" and config.graphs:
+        log.info("micro_batches = %d: no CUDA graphs, two threads would record them", config.micro_batches)
+        config = replace(config, graphs=False)
     dtype = getattr(torch, config.dtype)
     if target.decoder.dtype != dtype:
         loaded = str(target.decoder.dtype).removeprefix("torch.")
@@ -120,20 +131,20 @@ def build_engine(
     )
     if built is not None:
         built.prepare(cache)
-    engine = Engine(
-        EngineParts(
-            decoder=target.decoder,
-            cache=cache,
-            attention=target.attention,
-            drafter=built,
-            tokenizer=target.tokenizer,
-            batch_size=plan.load.requests,
-            step_tokens=plan.load.chunk,
-            max_context=plan.setting.context,
-            graphs=config.graphs,
-            plan=plan,
-        )
+        give_back()  # what reading a drafter's weights left behind
+    parts = EngineParts(
+        decoder=target.decoder,
+        cache=cache,
+        attention=target.attention,
+        drafter=built,
+        tokenizer=target.tokenizer,
+        batch_size=plan.load.requests,
+        step_tokens=plan.load.chunk,
+        max_context=plan.setting.context,
+        graphs=config.graphs,
+        plan=plan,
     )
+    engine = PipelinedEngine(parts, config.micro_batches) if pipelined else Engine(parts)
     if config.deterministic and not engine.batch_invariant:
         raise ConfigError(
             "EngineConfig.deterministic = True, but this model runs on operations whose rounding depends on the batch. "
@@ -169,7 +180,7 @@ def _unlimited(
         wanted_tokens=config.kv_tokens if cache is None else cache.pool.count * cache.block_size,
     )
     requests = min(config.batch_size or MOST_REQUESTS, sizes.blocks)
-    load = Load(requests=requests, blocks=sizes.blocks, chunk=config.step_tokens)
+    load = Load(requests=requests, blocks=sizes.blocks, chunk=most_prompt_rows(config, requests, setting.context))
     if drafter is not None and built is not None:
         draft = declared(drafter, around, setting.lay) or measured(built, target.decoder)
         k = max(1, min(drafter.k, built.needs.nodes))
@@ -200,10 +211,13 @@ def _within_budget(
 
 
 def _surroundings(target: LoadedModel, config: EngineConfig, dtype: torch.dtype) -> Surroundings:
+    attention = target.attention
+    if config.micro_batches != 1 and isinstance(attention, TritonAttention):
+        attention = TritonAttention(target.device)  # partial sums of its own: it runs beside the target's
     return Surroundings(
         decoder=target.decoder,
         tokenizer=target.tokenizer,
-        attention=target.attention,
+        attention=attention,
         kernels=target.kernels,
         device=target.device,
         dtype=dtype,

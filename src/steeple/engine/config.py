@@ -11,6 +11,7 @@ from steeple.plan.memory_units import parse_bytes
 DTYPES = ("float32", "bfloat16", "float16")
 
 WEIGHTS = ("stored", "int8")
+MOST_MICRO_BATCHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,10 @@ class EngineConfig:
     share_prefixes: bool = field(default=True, metadata={"help": "share full blocks of equal prefixes"})
     native: bool = field(default=True, metadata={"help": "use the native kernels where they build"})
     graphs: bool = field(default=True, metadata={"help": "CUDA graphs for steps of up to 512 rows; no use on a CPU"})
+    micro_batches: int = field(
+        default=1,
+        metadata={"help": "draft one micro-batch while another is verified: how many, 0 = as many as pay, 1 = none"},
+    )
     deterministic: bool = field(
         default=False, metadata={"help": "refuse to run where a row's rounding depends on batch or k"}
     )
@@ -58,6 +63,7 @@ class EngineConfig:
         check_range("EngineConfig", "max_context", self.max_context, 0, 1 << 24)
         check_range("EngineConfig", "kv_tokens", self.kv_tokens, 0, 1 << 40)
         check_range("EngineConfig", "block_size", self.block_size, 1, 1024)
+        check_range("EngineConfig", "micro_batches", self.micro_batches, 0, MOST_MICRO_BATCHES)
         check_range("EngineConfig", "threads", self.threads, 0, 4096)
         if not isinstance(self.memory_budget, str):
             raise ConfigError(

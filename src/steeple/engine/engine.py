@@ -24,7 +24,7 @@ from steeple.engine.scheduler import Scheduler, Work
 from steeple.engine.stats import EngineStats
 from steeple.errors import InternalError, RequestError
 from steeple.model.accelerate import accelerate
-from steeple.model.decoder import Decoder
+from steeple.model.decoder import Decoder, Hidden
 from steeple.model.run import Runner
 from steeple.ops.attention import PagedAttention
 from steeple.request import FinishReason, Request
@@ -53,6 +53,27 @@ class EngineParts:
     max_context: int
     graphs: bool = False
     plan: MemoryPlan | None = None
+
+
+class Drafted(NamedTuple):
+    """A step after its first phase: who runs, what is proposed for them, and the seconds that took."""
+
+    plan: list[Work]
+    requests: list[Request]
+    draft: Draft
+    seconds: float
+
+
+class Judged(NamedTuple):
+    """A step after its second phase. ``judgement`` is of the requests at ``places``, ``kept`` of all of the plan;
+    ``seconds`` are those of the forward."""
+
+    batch: Batch
+    hidden: Hidden
+    places: list[int]
+    judgement: Judgement
+    kept: Sequence[Sequence[int]]
+    seconds: float
 
 
 class Engine:
@@ -149,22 +170,41 @@ class Engine:
             if not self.idle:
                 raise InternalError("requests wait, but none of them can run")
             return []
+        drafted = self._draft(plan)
+        judged = self._verify(drafted, self._maker, self._judge)
+        return self._settle(drafted, judged, started)
+
+    def _draft(self, plan: list[Work]) -> Drafted:
+        """First phase: the drafter proposes. Touches the drafter, and in the cache the slots behind these texts."""
         requests = [work.request for work in plan]
-        draft_start = time.perf_counter()
+        start = time.perf_counter()
         draft = self._propose(plan, requests)
-        draft_end = time.perf_counter()
-        batch = self._assemble(plan, requests, draft)
-        forward_start = time.perf_counter()
+        return Drafted(plan, requests, draft, time.perf_counter() - start)
+
+    def _verify(self, drafted: Drafted, maker: BatchMaker, judge: Judge) -> Judged:
+        """Second phase: the target's forward and the verdict. Touches the target alone, and the slots of its rows."""
+        plan, requests, draft, _ = drafted
+        batch = self._assemble(plan, requests, draft, maker)
+        start = time.perf_counter()
         hidden = self._runner.forward(batch, keep=self._keep, scores=self._scores)
-        forward_end = time.perf_counter()
+        seconds = time.perf_counter() - start
         places = [b for b, work in enumerate(plan) if work.ready or work.samples]
         sampling = requests if len(places) == len(plan) else [requests[b] for b in places]
-        judgement = self._judge.judge(batch, sampling, places, draft, hidden)
+        judgement = judge.judge(batch, sampling, places, draft, hidden)
         kept = judgement.kept
         if len(places) < len(plan):
             kept = [()] * len(plan)
             for place, nodes in zip(places, judgement.kept, strict=True):
                 kept[place] = nodes
+        return Judged(batch, hidden, places, judgement, kept, seconds)
+
+    def _settle(self, drafted: Drafted, judged: Judged, started: float) -> list[Committed]:
+        """Last phase: texts, cache, drafter and scheduler learn what came out. Nothing may run beside it.
+
+        ``started``: the clock when the step began.
+        """
+        plan, requests, draft, drafting = drafted
+        batch, hidden, places, judgement, kept, forward = judged
         out = self._commit(plan, batch, draft, places, judgement, kept)
         if self.drafter is not None:
             self.drafter.observe(requests, batch, kept, hidden)
@@ -175,13 +215,13 @@ class Engine:
                 request.check()
         decode = all(work.ready for work in plan)
         seconds = time.perf_counter() - started
-        self.stats.time(decode, seconds, draft_end - draft_start, forward_end - forward_start)
+        self.stats.time(decode, seconds, drafting, forward)
         if self._lengths is not None:
             self._learn(self._lengths, plan, batch, draft, kept, seconds if decode else None)
         return out
 
-    @staticmethod
     def _learn(
+        self,
         lengths: Lengths,
         plan: Sequence[Work],
         batch: Batch,
@@ -189,6 +229,7 @@ class Engine:
         kept: Sequence[Sequence[int]],
         seconds: float | None,
     ) -> None:
+        """Tell what the round says of depths; ``seconds`` are None where they say nothing."""
         depths = [depth for depth, _ in _draft_shapes(batch, draft)]
         rounds = [b for b, work in enumerate(plan) if work.ready]
         requests = [plan[b].request for b in rounds]
@@ -204,7 +245,7 @@ class Engine:
             self._none = Draft.empty(len(plan), self._runner.decoder.device)
         return self._none
 
-    def _assemble(self, plan: Sequence[Work], requests: Sequence[Request], draft: Draft) -> Batch:
+    def _assemble(self, plan: Sequence[Work], requests: Sequence[Request], draft: Draft, maker: BatchMaker) -> Batch:
         """The rows of the step: of each request what its cache does not hold, and its nodes."""
         B = len(plan)
         starts = np.fromiter([r.cached for r in requests], np.int64, B)
@@ -215,7 +256,7 @@ class Engine:
             lengths = np.fromiter([work.stop for work in plan], np.int64, B) - starts
             tokens = np.concatenate([work.request.tokens[work.request.cached : work.stop] for work in plan])
         ids = [r.id for r in requests]
-        return self._maker.make(ids, [self.cache.table(id) for id in ids], starts, lengths, tokens, draft)
+        return maker.make(ids, [self.cache.table(id) for id in ids], starts, lengths, tokens, draft)
 
     def _commit(
         self,

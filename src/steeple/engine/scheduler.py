@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from steeple.cache.paged import PagedCache
@@ -54,6 +54,11 @@ class Scheduler:
         self.running: list[Request] = []
         self._room: dict[str, int] = {}  # positions that the cache has reserved for each running request
 
+    @property
+    def live(self) -> int:
+        """Requests that run, and those that would run if memory allows."""
+        return min(len(self.running) + len(self.waiting), self._batch_size)
+
     def add(self, request: Request) -> None:
         """Queue a request; ``CapacityError`` if it could never fit, alone with the whole cache."""
         longest = request.limit
@@ -72,14 +77,20 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def next(self, budget: Budget) -> list[Work]:
-        """The work of the next step, oldest request first. Blocks for all of it are reserved."""
+    def next(self, budget: Budget, among: Sequence[Request] | None = None, joining: int | None = None) -> list[Work]:
+        """The work of the next step, oldest request first. Blocks for all of it are reserved.
+
+        Args:
+            among: of the running requests only these, in their order; default all. Others may be preempted for them.
+            joining: most waiting requests that may join; default as many as fit.
+        """
         plan: list[Work] = []
         rows = 0
         running = len(self.running)
-        ready = [r.ready for r in self.running]
+        turn = list(self.running) if among is None else among
+        ready = [r.ready for r in turn]
         room = max(self._step_tokens - sum(ready), 1)
-        for request, decodes in zip(list(self.running), ready, strict=True):
+        for request, decodes in zip(turn, ready, strict=True):
             if len(self.running) < running and request not in self.running:  # preempted for an older one
                 continue
             if not decodes and rows >= room:
@@ -90,7 +101,8 @@ class Scheduler:
                 rows += 0 if decodes else work.stop - request.cached
         if len(self.running) < running:  # short of memory: whoever was just preempted would only come straight back
             return plan
-        while self.waiting and len(self.running) < self._batch_size and rows < room:
+        most = self._batch_size if joining is None else min(self._batch_size, running + joining)
+        while self.waiting and len(self.running) < most and rows < room:
             admitted = self._admit(self.waiting[0], room - rows, budget)
             if admitted is None:
                 break

@@ -15,6 +15,7 @@ from steeple.plan.config import PlanConfig
 from steeple.plan.machines import Machine
 from steeple.plan.ours import Precision, StepModel
 from steeple.plan.paper import Window
+from steeple.plan.pipeline import advice
 from steeple.plan.presets import TABLE_1, K, find_preset
 from steeple.plan.rounds import METHODS, Deployment, form_of, memory_bytes
 from steeple.plan.search import (
@@ -73,7 +74,7 @@ def searched(config: PlanConfig, machine: Machine) -> dict[str, Any]:
         "weights": config.weights or config.dtype,
         "step_model": where.step.to_dict(),
         "limits": asdict(limits),
-        "notes": [*notes, *_cautions(config, where, tried)],
+        "notes": [*notes, *_cautions(config, where, tried), *_pipelining(where, tried, chosen)],
         "best": chosen.to_dict(),
         "cells": [_shown(c, limits, winners) for c in best_of_each(found)],
         "pareto": {str(c): [x.to_dict() for x in _front(found, limits, c)] for c in config.context},
@@ -165,6 +166,13 @@ def _cautions(config: PlanConfig, where: Deployment, tried: list[Drafting]) -> l
     if config.windows:
         notes.append("tau is held while the window changes; it was measured with the drafter's own.")
     return notes
+
+
+def _pipelining(where: Deployment, tried: list[Drafting], chosen: Candidate) -> list[str]:
+    """What micro-batches would do for the best choice, if that drafts."""
+    forms = {drafting.form.name: drafting.form.with_window(chosen.window) for drafting in tried}
+    form = forms.get(chosen.drafter)
+    return [advice(where, form, chosen.batch, chosen.context, chosen.k)] if form is not None and chosen.k else []
 
 
 def _shown(candidate: Candidate, limits: Limits, winners: Mapping[tuple[int, int], Candidate]) -> dict[str, Any]:
