@@ -69,7 +69,7 @@ def test_drafters_by_name(spec: str, k: int | None, expected: object) -> None:
     ("spec", "k", "message"),
     [
         ("ngarm", None, r"Unknown drafter 'ngarm'\. Did you mean 'ngram'\?"),
-        ("zzz", None, r"Unknown drafter 'zzz'\. Known: auto, auto-k, ngram, none, small_lm, sparse_self, spire"),
+        ("zzz", None, r"Unknown drafter 'zzz'\. Known: auto, auto-k, minions, ngram, none, small_lm, sparse_self, sp"),
         ("ngram:dir", None, "'dir' is no setting of this drafter"),
         ("ngram", 0, r"ngram\.k = 0 is out of range; give a value from 1 to 63"),
         ("small_lm", 64, r"small_lm\.k = 64 is out of range"),

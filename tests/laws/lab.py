@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from steeple.cache.paged import PagedCache
 from steeple.config import ModelConfig
-from steeple.draft.base import Drafter, Surroundings
+from steeple.draft.base import DecidesLengths, Drafter, Surroundings
 from steeple.draft.carry import Carry
+from steeple.draft.minions import Minions, MinionsConfig
 from steeple.draft.ngram import NGramConfig
+from steeple.draft.parts import Parts
 from steeple.draft.small_lm import SmallLM, SmallLMConfig
 from steeple.draft.sparse_self import SparseSelfConfig
+from steeple.draft.spin_round import Choices, Spin, spin_drafter
 from steeple.draft.spire import SpireDraftConfig, SpireParts, spire_drafter
 from steeple.draft.spire_model import FeedbackMemory, SpireShape, prune
 from steeple.engine.engine import Engine, EngineParts
@@ -24,6 +28,9 @@ from steeple.model.decoder import Decoder
 from steeple.ops.attention import PagedAttention
 from steeple.ops.native_attention import attention_backend
 from steeple.request import Request
+from steeple.select.goodput import Plan, Standing
+from steeple.select.options import Options
+from steeple.select.selector import Outcome
 from steeple.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -106,6 +113,68 @@ def _spire(
     )
 
 
+def _minions(bad: Decoder, k: int, *, shared: bool = False) -> Build:
+    """A vote of three that differ."""
+
+    def build(around: Surroundings) -> Drafter:
+        choosing = replace(around, chooses=True)
+        voters = [
+            NGramConfig(k=k, min_match=1, max_match=3).build(choosing),
+            SmallLM(SmallLMConfig(k=k), bad, choosing),
+            SparseSelfConfig(sink=1, window=2, k=k).build(choosing),
+        ]
+        return Minions(MinionsConfig(k=k, shared=shared), Parts("minions", voters), around)
+
+    return build
+
+
+class DiceSelector:
+    """Choices that come from a die: a function of each request's name and length, whatever a clock would say."""
+
+    remembered = frozenset[str]()
+
+    def __init__(self, drafters: int, most: int) -> None:
+        self._drafters, self._most = drafters, most
+        self.seen: set[tuple[int, int]] = set()
+
+    def choose(self, ids: Sequence[str], standing: Callable[[], Standing]) -> Plan:
+        lengths = standing().lengths.astype(int).tolist()
+        dice = [np.random.default_rng((zlib.crc32(id.encode()), n)) for id, n in zip(ids, lengths, strict=True)]
+        drafter = np.array([int(die.integers(-1, self._drafters)) for die in dice])
+        depth = np.where(drafter >= 0, [int(die.integers(1, self._most + 1)) for die in dice], 0)
+        return Plan(drafter, depth, 0.0, 1.0)
+
+    def learn(self, outcome: Outcome) -> None:
+        assert (outcome.accepted <= outcome.proposed).all()
+        assert (outcome.proposed <= outcome.asked).all()
+        assert (outcome.drafter[outcome.asked > 0] >= 0).all()
+        self.seen.update(zip(outcome.drafter.tolist(), outcome.proposed.tolist(), strict=True))
+
+    def forget(self, id: str) -> None: ...
+
+
+def _spin(target: Decoder, bad: Decoder, k: int, *, rolled: bool = False) -> Build:
+    """One of four for each request, chosen by the clock or by a die."""
+
+    def build(around: Surroundings) -> Drafter:
+        spire = _spire(target, k, own_keys=True, carry=True)(around)
+        assert spire is not None
+        parts = Parts(
+            "spin",
+            [
+                NGramConfig(k=k, min_match=1, max_match=3).build(around),
+                SmallLM(SmallLMConfig(k=k), bad, around),
+                spire,
+                SparseSelfConfig(sink=1, window=2, k=k, choose="window" if rolled else "pillar").build(around),
+            ],
+        )
+        if rolled:
+            return Spin(parts, Choices(DiceSelector(len(parts), k), parts.parts), CPU)
+        return spin_drafter(parts, (0.0, 0.3, 0.5, 1.0), Options(most=k, explore=0.3), around)
+
+    return build
+
+
 def drafters(target: Decoder = TARGET, bad: Decoder = BAD, k: int = 4) -> dict[str, Build]:
     """The rows of the matrix, for one target."""
     vocab = target.config.vocab_size
@@ -125,6 +194,10 @@ def drafters(target: Decoder = TARGET, bad: Decoder = BAD, k: int = 4) -> dict[s
         "spire_memory": _spire(target, k, feedback=True),
         "spire_carry": _spire(target, k, carry=True),
         "spire_carry_all": _spire(target, k, carry=True, feedback=True, own_keys=True),
+        "minions": _minions(bad, k),
+        "minions_shared": _minions(bad, k, shared=True),
+        "spin": _spin(target, bad, k),
+        "spin_rolled": _spin(target, bad, k, rolled=True),
         "chosen_tree": lambda around: RandomTree(vocab, 2 * k),
         "drawn_tree": lambda around: DrawnTree(vocab, 2 * k),
         "motley_tree": lambda around: Motley(vocab, 2 * k),
@@ -136,8 +209,15 @@ def drafters(target: Decoder = TARGET, bad: Decoder = BAD, k: int = 4) -> dict[s
 
 
 ROWS = tuple(drafters())
-# What these draft depends on which rows the target's last steps had, or on how much of the cache was free.
-DEPEND_ON_HISTORY = ("sparse_self_compact", "sparse_self_snapkv", "sparse_self_pillar", "spire_pillar")
+# What these draft depends on which rows the target's last steps had, on how much of the cache was free, on neighbours.
+DEPEND_ON_HISTORY = (
+    "sparse_self_compact",
+    "sparse_self_snapkv",
+    "sparse_self_pillar",
+    "spire_pillar",
+    "minions_shared",
+    "spin",
+)
 
 
 def make_engine(
@@ -151,8 +231,9 @@ def make_engine(
     step_tokens: int = 512,
     attention: PagedAttention | None = None,
     tokenizer: object = None,
+    engine: Callable[[EngineParts], Engine] = Engine,
 ) -> Engine:
-    """An engine of one cell of the matrix. Every proposal of its drafter is checked."""
+    """An engine of one cell of the matrix, of the given kind. Every proposal of its drafter is checked."""
     attention = attention or attention_backend(CPU)
     around = Surroundings(
         decoder=target,
@@ -167,7 +248,10 @@ def make_engine(
     build = drafters(target, bad, k)[row] if isinstance(row, str) else row
     drafter = build(around)
     if drafter is not None:
-        drafter = Checked(drafter, target.config.vocab_size)
+        checked = Checked(drafter, target.config.vocab_size)
+        if isinstance(drafter, DecidesLengths):
+            checked.lengths = drafter.lengths
+        drafter = checked
     paged = PagedCache(
         target.config,
         blocks=cache.blocks,
@@ -178,7 +262,7 @@ def make_engine(
     )
     if drafter is not None:
         drafter.prepare(paged)
-    return Engine(
+    return engine(
         EngineParts(
             decoder=target,
             cache=paged,

@@ -8,9 +8,11 @@ from steeple.config import from_dict
 from steeple.draft.auto import AutoConfig
 from steeple.draft.auto_k import AutoKConfig
 from steeple.draft.base import DrafterConfig
+from steeple.draft.minions import MinionsConfig
 from steeple.draft.ngram import NGramConfig
 from steeple.draft.small_lm import SmallLMConfig
 from steeple.draft.sparse_self import SparseSelfConfig
+from steeple.draft.spin import SpinConfig
 from steeple.draft.spire import SpireDraftConfig
 from steeple.errors import ConfigError, did_you_mean
 
@@ -19,6 +21,8 @@ DRAFTERS: dict[str, type[DrafterConfig]] = {
     "small_lm": SmallLMConfig,
     "sparse_self": SparseSelfConfig,
     "spire": SpireDraftConfig,
+    "minions": MinionsConfig,
+    "spin": SpinConfig,
     "auto-k": AutoKConfig,
     "auto": AutoConfig,
 }
