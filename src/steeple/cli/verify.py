@@ -41,7 +41,26 @@ def proof_table(config: ProofConfig, result: dict[str, Any]) -> Table:
             f"{sampling['p_value']:.3g}",
             "yes" if proof["lossless"] else "NO",
         )
+    for name, proof in result["padded"].items():
+        table.add_row(f"padded: {name}", *_padded(proof))
     return table
+
+
+def _padded(proof: dict[str, Any]) -> list[str]:
+    """A schedule's columns; ``oracle`` is what it is compared with."""
+    if "refused" in proof:
+        return ["refused", *["-"] * 6, "yes"]
+    greedy, sampling = proof["greedy"], proof["sampling"]
+    return [
+        "-",
+        f"{greedy['identical']} of {greedy['requests']}",
+        f"{greedy['worst_gap']:.2g}",
+        *(
+            str(sampling[name]) if name == "samples" else f"{sampling[name]:.3g}"
+            for name in ("samples", "tv", "tv_noise", "p_value")
+        ),
+        "yes" if proof["lossless"] else "NO",
+    ]
 
 
 def is_lossy(result: dict[str, Any]) -> bool:

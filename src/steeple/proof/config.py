@@ -34,6 +34,10 @@ class ProofConfig:
         default="", metadata={"help": ".jsonl or .txt file to cut prompts from; empty: held-out standard library"}
     )
     oracle: bool = field(default=True, metadata={"help": "compare with transformers' generate as well"})
+    padded: str = field(
+        default="", metadata={"help": "also prove padded batches of transformers, with this assistant: demo/small"}
+    )
+    micro_batches: int = field(default=1, metadata={"help": "of the engine: drafting beside verifying, 1 = off"})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16 (GPU)"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda or auto"})
     threads: int = field(default=0, metadata={"help": "torch threads, 0 = leave as they are"})
@@ -56,5 +60,6 @@ class ProofConfig:
         check_range("ProofConfig", "samples", self.samples, 200, 10_000_000)
         check_range("ProofConfig", "alpha", self.alpha, 1e-12, 0.1)
         check_range("ProofConfig", "tie_gap", self.tie_gap, 0.0, 10.0)
+        check_range("ProofConfig", "micro_batches", self.micro_batches, 0, 8)
         check_range("ProofConfig", "threads", self.threads, 0, 4096)
         check_range("ProofConfig", "seed", self.seed, 0, 2**63 - 1)

@@ -13,6 +13,7 @@ from steeple.evidence.environment import command_line, environment
 from steeple.evidence.progress import Progress, silent
 from steeple.proof.config import ProofConfig
 from steeple.proof.greedy import BLOCK, GreedyOutcome, prove_greedy
+from steeple.proof.padded import PaddedProof, prove_padded
 from steeple.proof.prompts import prompt_pool, ragged
 from steeple.proof.reference import Texts, plain_alone, transformers_greedy
 from steeple.proof.sampling import CaseOutcome, prepare_cases, prove_sampling
@@ -65,12 +66,19 @@ def run_proof(config: ProofConfig, progress: Progress = silent, argv: Sequence[s
     expected = _expected(config, target, settings, prompts, progress)
     progress("exact laws", 0, 1)
     cases = prepare_cases(config, target, pool)
+    settings = replace(settings, micro_batches=config.micro_batches)
     proofs: dict[str, DrafterProof] = {}
     for drafter in config.drafter:
         progress(f"{drafter}: greedy", 0, 1)
         greedy = prove_greedy(config, target, drafter, settings, prompts, expected)
         told = _told(progress, f"{drafter}: samples", config.samples)
         proofs[drafter] = DrafterProof(greedy, prove_sampling(config, target, drafter, settings, cases, told))
+    padded: dict[str, PaddedProof] = {}
+    if config.padded:
+        oracle = expected.get("transformers") or transformers_greedy(target, prompts, config.max_tokens, lambda _: None)
+        padded = prove_padded(config, target, config.padded, prompts, oracle, cases, progress)
+    summary = _summary(config, list(proofs.values()))
+    summary["lossless"] &= all(proof.lossless(config.alpha) for proof in padded.values())
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "proof",
@@ -78,8 +86,9 @@ def run_proof(config: ProofConfig, progress: Progress = silent, argv: Sequence[s
         "config": asdict(config),
         "environment": environment(target),
         "prompts": {"source": pool.source, "sha256": pool.sha256},
-        **_summary(config, list(proofs.values())),
+        **summary,
         "drafters": {name: proof.as_dict(config.alpha) for name, proof in proofs.items()},
+        "padded": {name: proof.as_dict(config.alpha) for name, proof in padded.items()},
         "seconds": time.perf_counter() - started,
     }
 

@@ -1,0 +1,1 @@
+"""``steeple bench padded``: padded batches of ``transformers`` models, with and without drafts, by schedule."""
