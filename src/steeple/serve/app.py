@@ -20,6 +20,7 @@ from steeple.serve.config import ServeConfig
 from steeple.serve.errors import ApiError, on_api_error, on_http_error, on_invalid
 from steeple.serve.loop import EngineLoop
 from steeple.serve.middleware import Bounds, Gate, Watch
+from steeple.serve.page import add_page
 from steeple.serve.reports import report
 from steeple.serve.service import Service
 
@@ -47,6 +48,7 @@ def create_app(loop: EngineLoop, config: ServeConfig) -> FastAPI:
     app.state.service = service
     for routes in (completion_routes, chat_routes, admin_routes):
         app.include_router(routes(service))
+    add_page(app, service)
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http_error)

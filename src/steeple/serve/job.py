@@ -80,6 +80,8 @@ class Job:
     drafter: str = ""
     rounds: list[Round] = field(default_factory=list)
     heard: float = 0.0  # time of the last tokens
+    admitted: float | None = None  # when it came into the engine
+    times: list[float] = field(default_factory=list)  # of the rounds' ends, seconds from its arrival
     over: bool = False  # it has had its last update
     _sent: int = 0
     _pieces: Any = None

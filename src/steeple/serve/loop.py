@@ -128,6 +128,7 @@ class EngineLoop:
             if len(jobs) > self._queue.size:
                 raise ApiError(400, f"{len(jobs)} sequences in one request; this server takes {self._queue.size}.")
             if not self._queue.put(jobs):
+                self.tally.turned_away += len(jobs)
                 raise ApiError(
                     429,
                     f"{len(self._queue)} requests wait already; try again in {self._retry_after} s.",
@@ -226,6 +227,7 @@ class EngineLoop:
 
     def _admit(self, job: Job) -> None:
         self._running[job.request.id] = job
+        job.admitted = time.perf_counter()
         if job.nodes is not None:
             self._budget.caps[job.request.id] = job.nodes
         try:

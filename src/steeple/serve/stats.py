@@ -19,6 +19,7 @@ def stats(service: Service) -> dict[str, Any]:
     return {
         "model": service.config.name,
         "uptime_seconds": time.time() - service.created,
+        "now": tally.clock(),
         "ready": loop.ready,
         "trouble": loop.trouble,
         "rate": tally.rate(),
@@ -37,6 +38,7 @@ def stats(service: Service) -> dict[str, Any]:
         "prompt_tokens": tally.prompt_tokens,
         "generation_tokens": tally.generation_tokens,
         "failures": tally.failures,
+        "turned_away": tally.turned_away,
         "recent": list(tally.recent),
     }
 

@@ -16,7 +16,7 @@ from steeple.serve.job import ACCEPTED, BONUS, PLAIN, RECOVERED, Job, Round
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 WHOLE = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
-REMEMBERED, LETTERS_KEPT, SECONDS_KEPT = 64, 4096, 120
+REMEMBERED, LETTERS_KEPT, ROUNDS_KEPT, SECONDS_KEPT = 64, 4096, 1024, 120
 LETTERS = {ACCEPTED: "a", RECOVERED: "r", BONUS: "b", PLAIN: "p"}
 
 
@@ -52,13 +52,17 @@ class Second:
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over the server's life. ``outcomes``: finished requests by how they ended."""
+    """Sums over the server's life. ``outcomes``: finished requests by how they ended.
+
+    ``turned_away``: sequences that found the queue full.
+    """
 
     clock: Callable[[], float] = time.perf_counter
     outcomes: dict[str, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     generation_tokens: int = 0
     failures: int = 0
+    turned_away: int = 0
     drafts: int = 0
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     by_drafter: dict[str, SpeculationStats] = field(default_factory=dict)
@@ -80,6 +84,7 @@ class Tally:
             self.between_tokens.add(now - job.heard)
             self._speculated(job, latest)
         job.heard = now
+        job.times.append(now - job.request.arrived)
         second = self._now(now)
         second.tokens += latest.written
         second.drafted += latest.drafted
@@ -139,8 +144,10 @@ def _summary(job: Job, outcome: str, end: float) -> dict[str, Any]:
         "completion_tokens": request.written,
         "drafter": job.drafter,
         "tokens_per_round": request.stats.tau,
+        "waiting_seconds": (end if job.admitted is None else job.admitted) - request.arrived,
         "first_token_seconds": None if first is None else first - request.arrived,
         "seconds": end - request.arrived,
         "preemptions": request.preemptions,
         "origins": "".join(letters[:LETTERS_KEPT]),
+        "round_seconds": [round(at, 4) for at in job.times[:ROUNDS_KEPT]],
     }
