@@ -105,15 +105,20 @@ class NGram:
         """The tokens that followed last time; where the match runs into the end, it repeats itself."""
         return chains([self._continuation(r, n) for r, n in zip(requests, budget, strict=True)], self._device)
 
-    def _continuation(self, request: Request, nodes: int) -> NDArray[np.int64]:
-        if nodes == 0:
-            return request.tokens[:0]
+    def offers(self, request: Request) -> bool:
+        """Whether the text ends as it did somewhere before."""
+        return self._found(request) is not None
+
+    def _found(self, request: Request) -> int | None:
         index = self._indices.get(request.id)
         if index is None:
             index = self._indices[request.id] = _Index(self.config.min_match, self.config.max_match)
+        index.extend(request.tokens)
+        return index.lookup(request.tokens)
+
+    def _continuation(self, request: Request, nodes: int) -> NDArray[np.int64]:
         text = request.tokens
-        index.extend(text)
-        start = index.lookup(text)
+        start = self._found(request) if nodes else None
         if start is None:
             return text[:0]
         # A loop of period p continues with itself: position len(text) + i repeats start + i, wrapped to the period.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ from steeple.errors import InternalError
 from steeple.model.decoder import Hidden
 from steeple.request import Request
 from steeple.select.costs import Drafted, Prior
+from steeple.select.foresight import Bools
 from steeple.select.goodput import Plan, Standing
 from steeple.select.matching import NOBODY
 from steeple.select.options import Options
@@ -36,6 +37,22 @@ class FallsBehind(Protocol):
         ...
 
 
+@runtime_checkable
+class Foresees(Protocol):
+    """A drafter that can say at next to no cost whether it has anything to propose."""
+
+    def offers(self, request: Request) -> bool:
+        """Whether it would propose anything for the text as it stands."""
+        ...
+
+
+@runtime_checkable
+class Revises(Protocol):
+    """A chooser that thinks again before every round, knowing what foreseen drafters have to propose."""
+
+    def revise(self, ids: Sequence[str], plan: Plan, offered: Mapping[int, Bools]) -> Plan: ...
+
+
 class Chooser(Protocol):
     """Who drafts for whom; ``Selector`` is the one that learns."""
 
@@ -51,7 +68,8 @@ class Chooser(Protocol):
 
 def spin_drafter(parts: Parts, shares: Sequence[float], options: Options, around: Surroundings) -> Spin:
     """The drafter over ``parts``, of which part i takes ``shares[i]`` of the target's time until that is measured."""
-    selector = Selector([Prior(share, share) for share in shares], options)
+    foreseen = [d for d, part in enumerate(parts.parts) if isinstance(part, Foresees)]
+    selector = Selector([Prior(share, share) for share in shares], options, foreseen=foreseen)
     return Spin(parts, Choices(selector, parts.parts), around.device)
 
 
@@ -61,6 +79,7 @@ class Choices:
     def __init__(self, selector: Chooser, parts: Sequence[Drafter]) -> None:
         self.selector = selector
         self._readers = [(d, part) for d, part in enumerate(parts) if isinstance(part, FallsBehind)]
+        self._seers = [(d, part) for d, part in enumerate(parts) if isinstance(part, Foresees)]
         self._drafters = len(parts)
         self._plan: dict[str, tuple[int, int]] = {}
         self._asked: dict[str, int] = {}
@@ -75,6 +94,9 @@ class Choices:
         if ready:
             ids = [r.id for r in ready]
             plan = self.selector.choose(ids, lambda: self._standing(ready))
+            if self._seers and isinstance(self.selector, Revises):
+                offered = {d: np.array([part.offers(r) for r in ready]) for d, part in self._seers}
+                plan = self.selector.revise(ids, plan, offered)
             pairs = zip(plan.drafter.tolist(), plan.depth.tolist(), strict=True)
             self._plan = dict(zip(ids, pairs, strict=True))
         self._spent = time.perf_counter() - started

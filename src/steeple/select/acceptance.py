@@ -43,11 +43,12 @@ class Curves:
 class Acceptance:
     """Counts of drafts that came to each depth, and of those that went on.
 
-    Args: drafters, most: D and K.
+    Args: drafters, most: D and K. foreseen: drafters whose offers are seen before they are asked (``note_offers``), so
+    that being asked says nothing more of them.
     """
 
-    def __init__(self, drafters: int, most: int) -> None:
-        self._shape = (drafters, most)
+    def __init__(self, drafters: int, most: int, foreseen: Sequence[int] = ()) -> None:
+        self._shape, self._foreseen = (drafters, most), frozenset(foreseen)
         self._reached, self._stayed = np.zeros(self._shape), np.zeros(self._shape)
         self._asked, self._offered = np.zeros(drafters), np.zeros(drafters)
         self.rounds = np.zeros(drafters, dtype=np.int64)
@@ -72,19 +73,27 @@ class Acceptance:
         stayed = kept > level
         for d in np.unique(drafter).tolist():
             own = drafter == d
-            for counts in (self._reached, self._stayed, self._asked, self._offered):
+            for counts in (self._reached, self._stayed):
                 counts[d] *= FADE_ALL
             self._reached[d] += came[own].sum(0)
             self._stayed[d] += stayed[own].sum(0)
-            self._asked[d] += own.sum()
-            self._offered[d] += (depth[own] > 0).sum()
+            if d not in self._foreseen:
+                self._note_offers(d, slots[own], depth[own] > 0)
             self.rounds[d] += 1
         self._own[slots, :, drafter] *= FADE_OWN
-        self._own_offers[slots, :, drafter] *= FADE_OWN
         self._own[slots, 0, drafter] += came
         self._own[slots, 1, drafter] += stayed
-        self._own_offers[slots, 0, drafter] += 1
-        self._own_offers[slots, 1, drafter] += depth > 0
+
+    def note_offers(self, ids: Sequence[str], drafter: int, offered: Bools) -> None:
+        """Whether a foreseen ``drafter`` would propose anything for each of ``ids`` now, ``[B]``, asked or not."""
+        self._note_offers(drafter, np.array([self._place(id) for id in ids], dtype=np.int64), offered)
+
+    def _note_offers(self, d: int, slots: Ints, offered: Bools) -> None:
+        self._asked[d] = FADE_ALL * self._asked[d] + offered.shape[0]
+        self._offered[d] = FADE_ALL * self._offered[d] + offered.sum()
+        self._own_offers[slots, :, d] *= FADE_OWN
+        self._own_offers[slots, 0, d] += 1
+        self._own_offers[slots, 1, d] += offered
 
     def curves(self, ids: Sequence[str], shift: Floats | None = None, shift_all: Floats | None = None) -> Curves:
         """Curves for ``ids``.

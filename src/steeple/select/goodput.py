@@ -69,7 +69,7 @@ class Goodput:
     """
 
     def __init__(self, curves: Curves, rates: Rates, standing: Standing, capacity: Sequence[int] = ()) -> None:
-        self._rates, self._standing = rates, standing
+        self._rates, self._standing, self._curves = rates, standing, curves
         B, D, K = curves.survival.shape
         self._B, self._K, self._capacity = B, K, tuple(capacity) or (B,) * D
         level = np.arange(1, K + 1)
@@ -113,6 +113,22 @@ class Goodput:
                 ragged = self._rates.ragged[d] if own.min() < own.max() else 0.0
                 seconds += float(self._rates.start[d] + (self._rates.passes[d] + ragged) * own.max())
         return Plan(drafter, np.where(drafter >= 0, depth, 0), tokens, seconds)
+
+    def worth(self, drafter: Ints, depth: Ints, rate: float) -> Floats:
+        """Expected tokens of each request's own draft less what its own rows are worth at ``rate``, ``[B]``; 0 without
+        a draft. Passes that are shared are not counted."""
+        drafts = np.flatnonzero(depth > 0)
+        found = np.zeros(self._B)
+        place = (drafts, drafter[drafts], depth[drafts])
+        found[drafts] = self._gain[place] - rate * self._spent[place]
+        return found
+
+    def sure(self, d: int, rate: float) -> tuple[Ints, Floats]:
+        """Where drafter ``d`` is known to propose something: the depth that is worth most, and that worth, ``[B]``."""
+        chances = self._curves.survival[:, d] / self._curves.offers[:, d, None]
+        price = self._rates.row + self._rates.node[d] + self._rates.read[d] * self._standing.lengths
+        value = np.cumsum(chances, axis=1) - rate * price[:, None] * np.arange(1, self._K + 1)
+        return value.argmax(axis=1) + 1, value.max(axis=1)
 
     def catch_up_seconds(self, plan: Plan) -> float:
         """What reading up takes in the very next round, which ``of`` spreads over those that it serves."""

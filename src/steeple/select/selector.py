@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from steeple.select.acceptance import Acceptance
 from steeple.select.costs import Costs, Drafted, Prior
+from steeple.select.foresight import Bools, Foresight
 from steeple.select.goodput import Goodput, Plan, Standing
 from steeple.select.matching import NOBODY
 from steeple.select.options import Options
@@ -59,13 +60,21 @@ class Outcome:
 
 
 class Selector:
-    """Args: priors: of each drafter's times. clock: by which the choosing itself is timed."""
+    """Args: priors: of each drafter's times. clock: by which the choosing itself is timed. foreseen: drafters that say
+    before a round whether they have anything to propose (``revise``).
+    """
 
     def __init__(
-        self, priors: Sequence[Prior], options: Options, clock: Callable[[], float] = time.perf_counter
+        self,
+        priors: Sequence[Prior],
+        options: Options,
+        clock: Callable[[], float] = time.perf_counter,
+        foreseen: Sequence[int] = (),
     ) -> None:
         self._options, self._D, self._clock = options, len(priors), clock
-        self.acceptance = Acceptance(len(priors), options.most)
+        self._foreseen = tuple(foreseen)
+        self._foresight: Foresight | None = None
+        self.acceptance = Acceptance(len(priors), options.most, foreseen)
         self.costs = Costs(priors)
         self._rng = np.random.default_rng(options.seed)
         self._round, self._holds_until = 0, 0
@@ -91,6 +100,17 @@ class Selector:
         plan = self._decide(ids, standing())
         self._thinking += (self._clock() - started - self._thinking) / 2
         return plan
+
+    def revise(self, ids: Sequence[str], plan: Plan, offered: Mapping[int, Bools]) -> Plan:
+        """The round's plan, now that each foreseen drafter has said for which of ``ids`` it has something, ``[B]``.
+
+        What is tried is done as it stands; and where places are few they stay as they were given.
+        """
+        for d, found in offered.items():
+            self.acceptance.note_offers(ids, d, found)
+        if self._foresight is None or self._resume is not None or self._options.capacity:
+            return plan
+        return self._foresight.revise(ids, plan, offered)
 
     def _complete(self, ids: Sequence[str]) -> bool:
         """Whether the plan in hand says something of all ``ids``; newcomers join it where there is room for any."""
@@ -150,6 +170,7 @@ class Selector:
             return self._hold(ids, first, 1)
         best = self._stay_or_go(ids, goodput)
         self._hold(ids, best, self._pause())
+        self._foresight = Foresight(ids, goodput, best, self._foreseen)
         other = self._other(ids, goodput, standing, best)
         if other is None:
             return best

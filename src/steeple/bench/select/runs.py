@@ -12,12 +12,13 @@ import numpy as np
 
 from steeple.draft.base import Drafter, DrafterConfig, Surroundings
 from steeple.draft.parts import Parts, build_parts, parts_memory
-from steeple.draft.spin_round import Choices, Chooser, Spin
+from steeple.draft.spin_round import Choices, Chooser, Revises, Spin
 from steeple.engine import Engine
 from steeple.engine.stats import EngineStats
 from steeple.errors import InternalError
 from steeple.plan.memory_parts import DraftMemory, Lay
 from steeple.request import Request
+from steeple.select.foresight import Bools
 from steeple.select.goodput import Plan, Standing
 from steeple.select.matching import NOBODY
 from steeple.select.selector import Outcome
@@ -64,6 +65,10 @@ class Counted:
     def choose(self, ids: Sequence[str], standing: Callable[[], Standing]) -> Plan:
         """See ``Chooser``."""
         return self._chooser.choose(ids, standing)
+
+    def revise(self, ids: Sequence[str], plan: Plan, offered: Mapping[int, Bools]) -> Plan:
+        """See ``Revises``."""
+        return self._chooser.revise(ids, plan, offered) if isinstance(self._chooser, Revises) else plan
 
     def learn(self, outcome: Outcome) -> None:
         """See ``Chooser``."""
