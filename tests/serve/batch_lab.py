@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 from conftest import Running, Start
 
-from steeple.serve.batches import BatchStoreConfig, add_batches
+from steeple.serve.batches.config import BatchStoreConfig
+from steeple.serve.batches.routes import add_batches
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ENDED = ("completed", "failed", "expired", "cancelled")

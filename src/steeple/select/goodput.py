@@ -65,10 +65,18 @@ class Goodput:
     """One round's problem.
 
     Args: curves, rates: see there. standing: of the requests. capacity: most requests of each drafter; none: no
-    limit.
+    limit. foreseen: drafters that say before each round whether they have something, so that whoever else was chosen
+    drafts only where they have nothing better (``steeple.select.foresight``).
     """
 
-    def __init__(self, curves: Curves, rates: Rates, standing: Standing, capacity: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        curves: Curves,
+        rates: Rates,
+        standing: Standing,
+        capacity: Sequence[int] = (),
+        foreseen: Sequence[int] = (),
+    ) -> None:
         self._rates, self._standing, self._curves = rates, standing, curves
         B, D, K = curves.survival.shape
         self._B, self._K, self._capacity = B, K, tuple(capacity) or (B,) * D
@@ -80,6 +88,10 @@ class Goodput:
         self._catch_up = rates.catch_up * standing.behind
         spread = self._catch_up / np.maximum(standing.left, 1.0)[:, None]
         self._spent = np.concatenate((zero, node[:, :, None] * level + spread[:, :, None]), axis=2)
+        self._limits, self._foreseen = tuple(capacity), tuple(foreseen)
+        self._own_gain, self._own_spent = self._gain, self._spent
+        if foreseen and not capacity:
+            self._gain, self._spent = self._with_foresight(tuple(foreseen))
 
     def best(self, start: float = 0.0) -> Plan:
         """The best round. ``start``: a rate that some round is known to reach, so that fewer iterations are
@@ -114,20 +126,44 @@ class Goodput:
                 seconds += float(self._rates.start[d] + (self._rates.passes[d] + ragged) * own.max())
         return Plan(drafter, np.where(drafter >= 0, depth, 0), tokens, seconds)
 
+    def _with_foresight(self, foreseen: tuple[int, ...]) -> tuple[Floats, Floats]:
+        """Gains and prices of a draft that gives way to a foreseen drafter where that has something better.
+
+        Which is better is judged at the rate of a plain round; the lowest there is, so lookups are valued a bit high.
+        """
+        gain, spent = self._own_gain.copy(), self._own_spent.copy()
+        others = np.setdiff1d(np.arange(gain.shape[1]), foreseen)
+        rate = self._B / self._rates.step
+        everyone = np.arange(self._B)
+        for d in foreseen:
+            depth, worth = self.sure(d, rate)
+            offers = self._curves.offers[:, d][:, None, None]
+            found = self._own_gain[everyone, d, depth][:, None, None] / offers
+            price = (self._sure_price(d) * depth)[:, None, None]
+            gives_way = worth[:, None, None] > gain[:, others] - rate * spent[:, others]
+            gives_way[:, :, 0] = False  # no draft at all is none with a lookup either
+            share = np.where(gives_way, offers, 0.0)
+            gain[:, others] = share * found + (1.0 - share) * gain[:, others]
+            spent[:, others] = share * price + (1.0 - share) * spent[:, others]
+        return gain, spent
+
+    def _sure_price(self, d: int) -> Floats:
+        """Seconds of a node of drafter ``d`` where it is known to propose it, ``[B]``."""
+        return np.asarray(self._rates.row + self._rates.node[d] + self._rates.read[d] * self._standing.lengths)
+
     def worth(self, drafter: Ints, depth: Ints, rate: float) -> Floats:
         """Expected tokens of each request's own draft less what its own rows are worth at ``rate``, ``[B]``; 0 without
         a draft. Passes that are shared are not counted."""
         drafts = np.flatnonzero(depth > 0)
         found = np.zeros(self._B)
         place = (drafts, drafter[drafts], depth[drafts])
-        found[drafts] = self._gain[place] - rate * self._spent[place]
+        found[drafts] = self._own_gain[place] - rate * self._own_spent[place]
         return found
 
     def sure(self, d: int, rate: float) -> tuple[Ints, Floats]:
         """Where drafter ``d`` is known to propose something: the depth that is worth most, and that worth, ``[B]``."""
         chances = self._curves.survival[:, d] / self._curves.offers[:, d, None]
-        price = self._rates.row + self._rates.node[d] + self._rates.read[d] * self._standing.lengths
-        value = np.cumsum(chances, axis=1) - rate * price[:, None] * np.arange(1, self._K + 1)
+        value = np.cumsum(chances, axis=1) - rate * self._sure_price(d)[:, None] * np.arange(1, self._K + 1)
         return value.argmax(axis=1) + 1, value.max(axis=1)
 
     def catch_up_seconds(self, plan: Plan) -> float:
@@ -141,7 +177,7 @@ class Goodput:
 
     def with_curves(self, curves: Curves) -> Goodput:
         """The same problem under other hopes."""
-        return Goodput(curves, self._rates, self._standing, self._capacity)
+        return Goodput(curves, self._rates, self._standing, self._limits, self._foreseen)
 
     def _value(self, rate: float) -> Floats:
         """Tokens less the price of seconds, of each request with each drafter at each depth, ``[B, D, K + 1]``.

@@ -162,7 +162,7 @@ class Selector:
 
     def _decide(self, ids: Sequence[str], standing: Standing) -> Plan:
         rates = self.costs.rates(len(ids), float(standing.lengths.sum()))
-        goodput = Goodput(self.acceptance.curves(ids), rates, standing, self._options.capacity)
+        goodput = Goodput(self.acceptance.curves(ids), rates, standing, self._options.capacity, self._foreseen)
         if self.costs.steps < PLAIN_FIRST:
             return self._hold(ids, goodput.plain(), 1)
         first = self._first_trial(goodput, standing)

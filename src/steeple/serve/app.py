@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from steeple import __version__
 from steeple.serve.admin import admin_routes
 from steeple.serve.auth import Keys
+from steeple.serve.batches.routes import add_batches, larger_bodies
 from steeple.serve.chat import chat_routes
 from steeple.serve.completions import completion_routes
 from steeple.serve.config import ServeConfig
@@ -30,7 +31,7 @@ WORDS = "OpenAI's endpoints over lossless speculative decoding."
 def create_app(loop: EngineLoop, config: ServeConfig) -> FastAPI:
     """The application. ``loop`` is started and closed by the caller; ``app.state.service`` is what routes share.
 
-    Raises ``ConfigError`` if the API keys cannot be read.
+    Raises ``ConfigError`` if the API keys cannot be read, ``StorageError`` if the database of batches cannot be used.
     """
     service = Service(loop, config)
     keys = Keys.load(config.keys_file)
@@ -49,11 +50,12 @@ def create_app(loop: EngineLoop, config: ServeConfig) -> FastAPI:
     for routes in (completion_routes, chat_routes, admin_routes):
         app.include_router(routes(service))
     add_page(app, service)
+    add_batches(app, service, config.batches)
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http_error)
     # The last one added is the outermost.
-    app.add_middleware(Bounds, most=config.max_body)
+    app.add_middleware(Bounds, most=config.max_body, larger=larger_bodies(config.batches))
     app.add_middleware(Gate, keys=keys)
     if config.cors_origins:
         app.add_middleware(

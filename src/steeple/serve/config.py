@@ -9,6 +9,7 @@ from steeple.config import check_range
 from steeple.draft import drafter_config
 from steeple.engine.config import EngineConfig
 from steeple.errors import ConfigError, did_you_mean
+from steeple.serve.batches.config import BatchStoreConfig
 
 LOG_FORMATS = ("text", "json")
 MIB = 1 << 20
@@ -43,6 +44,7 @@ class ServeConfig:
     report_every: float = field(default=60.0, metadata={"help": "seconds between lines about the load; 0 = none"})
     ssl_certfile: Path | None = field(default=None, metadata={"help": "certificate chain; makes it HTTPS"})
     ssl_keyfile: Path | None = field(default=None, metadata={"help": "private key of the certificate"})
+    batches: BatchStoreConfig = field(default_factory=BatchStoreConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:

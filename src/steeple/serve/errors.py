@@ -82,7 +82,8 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     """Pydantic's findings as one error. Values are not quoted: they may be long, or secret."""
     first = errors[0]
     context = first.get("ctx") or {}
-    place = [part for part in first["loc"] if part != "body"]
+    loc = list(first["loc"])
+    place = loc[1:] if loc and loc[0] in ("body", "query", "path") else loc
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {context.get('error', 'it ends too early')}.", code="invalid_json")
     param = context.get("param") or _path(place)

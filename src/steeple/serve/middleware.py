@@ -15,7 +15,8 @@ from steeple.serve.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-BODY_SECONDS = 60.0  # until a body must be there
+BODY_SECONDS = 60.0  # until a body must be there,
+SLOWEST = 1e6  # or longer where so many bytes a second would take longer
 
 
 class Watch:
@@ -93,7 +94,8 @@ class Bounds:
         if declared.isdigit() and int(declared[:20]) > most:
             await _too_large(most).response()(scope, receive, send)
             return
-        taken, until = 0, time.monotonic() + BODY_SECONDS
+        seconds = max(BODY_SECONDS, most / SLOWEST)
+        taken, until = 0, time.monotonic() + seconds
         whole = False
 
         async def bounded() -> Message:
@@ -104,7 +106,7 @@ class Bounds:
                 async with asyncio.timeout(until - time.monotonic()):
                     message = await receive()
             except TimeoutError as error:
-                raise HTTPException(408, f"the body did not come within {BODY_SECONDS:.0f} s.") from error
+                raise HTTPException(408, f"the body did not come within {seconds:.0f} s.") from error
             taken += len(message.get("body", b""))
             if taken > most:
                 raise HTTPException(413, _too_large(most).message)
