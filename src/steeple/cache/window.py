@@ -115,8 +115,8 @@ class WindowBatches:
 
 @dataclass(frozen=True, slots=True)
 class RoundRows:
-    """The rows of forwards that follow each other, by depth, ``[k, B]`` each: ``positions`` and ``slots``, int64, and how
-    many keys of their view the rows see, ``seen``, int32. ``first``: the batch of the first forward, on the host.
+    """The rows of forwards that follow each other, by depth, ``[k, B]`` each: ``positions`` and ``slots``, int64, and
+    how many keys of their view the rows see, ``seen``, int32. ``first``: the batch of the first forward, on the host.
     """
 
     first: Batch
