@@ -20,7 +20,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(BIN)/pip install --quiet --editable ".[dev,triton]"
+	$(BIN)/pip install --quiet --editable ".[dev,triton,fuzz]"
 	$(BIN)/python -m pytest -m "not gpu"
 	$(BIN)/steeple verify --model demo --drafter ngram,small_lm,sparse_self,spire
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import schemathesis
 from conftest import Running, Start
 from hypothesis import HealthCheck, given, settings
-from schemathesis import GenerationMode
 
 
 def test_every_route_is_described(server: Running) -> None:
@@ -33,8 +31,10 @@ def test_every_route_is_described(server: Running) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mode", list(GenerationMode))
-def test_no_request_breaks_the_server(start: Start, mode: GenerationMode) -> None:
+@pytest.mark.parametrize("kind", ["positive", "negative"])
+def test_no_request_breaks_the_server(start: Start, kind: str) -> None:
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    mode = schemathesis.GenerationMode(kind)
     server = start(max_new_tokens=4)
     schema: Any = schemathesis.openapi.from_asgi("/openapi.json", server.app)
     statuses: set[int] = set()
@@ -47,6 +47,6 @@ def test_no_request_breaks_the_server(start: Start, mode: GenerationMode) -> Non
         assert answer.status_code < 500, (case.as_curl_command(), answer.text)
 
     probe()
-    assert {GenerationMode.POSITIVE: {200, 400}, GenerationMode.NEGATIVE: {400}}[mode] <= statuses
+    assert {"positive": {200, 400}, "negative": {400}}[kind] <= statuses
     assert server.loop.ready
     server.settle()
