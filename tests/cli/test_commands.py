@@ -192,7 +192,8 @@ def test_verify_ends_with_the_verdict(
     greedy = {"requests": 4, "identical": 3, "oracle_identical": None, "worst_gap": 0.5}
     sampling = {"samples": 100, "tv": 0.1, "tv_noise": 0.2, "p_value": 0.3}
     proof = {"greedy": greedy, "sampling": sampling, "lossless": lossless}
-    result = {"drafters": {"ngram": proof}, "lossless": lossless}
+    padded = {"align": {"greedy": greedy, "sampling": sampling, "lossless": lossless}, "holes": {"refused": "ALiBi"}}
+    result = {"drafters": {"ngram": proof}, "padded": padded, "lossless": lossless}
     monkeypatch.setattr(verify_command, "run_proof", lambda config, progress: result)
     assert steeple("verify", "--drafter", "ngram", "--json", "-") == status
     captured = capsys.readouterr()

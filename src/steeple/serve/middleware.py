@@ -15,8 +15,8 @@ from steeple.serve.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-BODY_SECONDS = 60.0  # until a body must be there,
-SLOWEST = 1e6  # or longer where so many bytes a second would take longer
+BODY_SECONDS = 60.0  # until a body must be there
+SLOWEST = 1e6  # bytes a second of what a body may be larger than usual
 
 
 class Watch:
@@ -94,7 +94,7 @@ class Bounds:
         if declared.isdigit() and int(declared[:20]) > most:
             await _too_large(most).response()(scope, receive, send)
             return
-        seconds = max(BODY_SECONDS, most / SLOWEST)
+        seconds = BODY_SECONDS + max(0, most - self._most) / SLOWEST
         taken, until = 0, time.monotonic() + seconds
         whole = False
 

@@ -1,4 +1,4 @@
-"""The result of a bench of choices as a table."""
+"""The result of a bench of choices as a table, on a terminal and in a page of the documentation."""
 
 from __future__ import annotations
 
@@ -7,26 +7,56 @@ from typing import Any
 
 from rich.table import Table
 
+COLUMNS = ("method", "tokens/s", "speed-up", "slowest", "fastest", "tau", "step ms", "identical", "runs")
+
 
 def select_table(result: Mapping[str, Any]) -> Table:
     """A row per method; shares of spin and of the oracle are in the JSON."""
-    config = result["config"]
-    table = Table(
-        title=f"{config['stream']}: {result['stream']['requests']} requests, batch {config['batch']}, "
-        f"T = {config['temperature']:g}, {config['dtype']}"
-    )
-    for name in ("method", "tokens/s", "speed-up", "slowest", "fastest", "tau", "step ms", "identical", "runs"):
+    table = Table(title=title(result))
+    for name in COLUMNS:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in result["rows"]:
-        table.add_row(
-            row["method"],
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['throughput_multiplier']:.2f}",
-            f"{row['slowest']:.1f}",
-            f"{row['fastest']:.1f}",
-            f"{row['tau']:.2f}",
-            f"{row['step_ms']:.2f}",
-            "-" if row["identical"] is None else f"{row['identical']:.0%}",
-            str(row["runs"]),
-        )
+        table.add_row(*texts(row))
     return table
+
+
+def select_markdown(result: Mapping[str, Any]) -> str:
+    """The same table in Markdown, and who drafted for which kind of text under spin's choice."""
+    lines = [f"**{title(result)}**", "", _line(COLUMNS), "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    lines += [_line(texts(row)) for row in result["rows"]]
+    chosen = next((row for row in result["rows"] if row["method"] == "spin" and row["share_by_kind"]), None)
+    if chosen is None:
+        return "\n".join(lines)
+    shares = chosen["share_by_kind"]
+    names = list(dict.fromkeys(name for kind in shares.values() for name in kind))
+    lines += ["", "Rounds of `spin` by kind of text:", "", _line(["kind", *names]), "|---|" + "---:|" * len(names)]
+    lines += [_line([kind, *(f"{own.get(name, 0.0):.0%}" for name in names)]) for kind, own in shares.items()]
+    return "\n".join(lines)
+
+
+def title(result: Mapping[str, Any]) -> str:
+    """What was measured."""
+    config, stream, where = result["config"], result["stream"], result["environment"]
+    return (
+        f"{config['stream']}: {stream['requests']} requests, batch {config['batch']}, prompts up to {config['longest']}, "
+        f"{config['max_tokens']} tokens each, T = {config['temperature']:g}, {config['dtype']}, {where['cpu']}"
+    )
+
+
+def texts(row: Mapping[str, Any]) -> list[str]:
+    """The cells of one row."""
+    return [
+        row["method"],
+        f"{row['tokens_per_second']:.1f}",
+        f"{row['throughput_multiplier']:.2f}",
+        f"{row['slowest']:.1f}",
+        f"{row['fastest']:.1f}",
+        f"{row['tau']:.2f}",
+        f"{row['step_ms']:.2f}",
+        "-" if row["identical"] is None else f"{row['identical']:.0%}",
+        str(row["runs"]),
+    ]
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
