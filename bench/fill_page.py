@@ -1,4 +1,4 @@
-"""Writes the tables of results into a page of the documentation, between ``<!-- numbers:NAME -->`` and its closing marker.
+"""Writes tables of results into a page, between ``<!-- numbers:NAME -->`` and its closing marker.
 
 python bench/fill_page.py bench/results/select.json --table select --name spin --page docs/methods/spin.md
 """

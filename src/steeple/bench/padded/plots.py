@@ -39,7 +39,7 @@ def speed_figure(result: Result) -> Figure:
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
     for axes, pair in zip(panels, names, strict=True):
-        for place, method in enumerate(methods):
+        for place, method in enumerate(reversed(methods)):  # ours stand last, and shall have colours of their own
             rows = [row for row in result["rows"] if row["pair"] == pair and row["method"] == method]
             drafts = any(row["drafts"] for row in rows)
             axes.plot(
@@ -55,8 +55,14 @@ def speed_figure(result: Result) -> Figure:
         axes.set_title(pair, fontsize=10)
         axes.set_xlabel("rows of a call")
     panels[0].set_ylabel("tokens per second")
-    panels[0].legend(fontsize=7)
+    _legend_below(figure)
     return figure
+
+
+def _legend_below(figure: Figure) -> None:
+    """One legend for all panels, where it covers nothing."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
 
 
 def time_figure(result: Result) -> Figure:
@@ -75,7 +81,7 @@ def time_figure(result: Result) -> Figure:
         axes.set_xticks(range(len(rows)), [f"{row['method']}, {row['batch']}" for row in rows], rotation=90, fontsize=6)
         axes.set_title(pair, fontsize=10)
         axes.set_ylabel("share of time")
-    panels[0].legend(fontsize=7, ncols=len(PARTS))
+    _legend_below(figure)
     return figure
 
 
@@ -95,7 +101,7 @@ def gains_figure(result: Result) -> Figure:
         axes.set_title(pair, fontsize=10)
         axes.set_xlabel("rows of a call")
     panels[0].set_ylabel("times as fast")
-    panels[0].legend(fontsize=7)
+    _legend_below(figure)
     return figure
 
 

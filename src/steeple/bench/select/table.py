@@ -37,10 +37,9 @@ def select_markdown(result: Mapping[str, Any]) -> str:
 def title(result: Mapping[str, Any]) -> str:
     """What was measured."""
     config, stream, where = result["config"], result["stream"], result["environment"]
-    return (
-        f"{config['stream']}: {stream['requests']} requests, batch {config['batch']}, prompts up to {config['longest']}, "
-        f"{config['max_tokens']} tokens each, T = {config['temperature']:g}, {config['dtype']}, {where['cpu']}"
-    )
+    requests = f"{stream['requests']} requests, batch {config['batch']}, prompts up to {config['longest']}"
+    rest = f"{config['max_tokens']} tokens each, T = {config['temperature']:g}, {config['dtype']}, {where['cpu']}"
+    return f"{config['stream']}: {requests}, {rest}"
 
 
 def texts(row: Mapping[str, Any]) -> list[str]:
