@@ -46,7 +46,7 @@ def speed_figure(result: Result) -> Figure:
                 [row["batch"] for row in rows],
                 [row["tokens_per_second"] for row in rows],
                 marker=MARKERS[place % len(MARKERS)],
-                linestyle="-" if drafts else "--",
+                linestyle=":" if place >= len(COLOURS) else "-" if drafts else "--",
                 color=COLOURS[place % len(COLOURS)] if drafts else GREY,
                 label=method,
             )

@@ -21,15 +21,21 @@ def select_table(result: Mapping[str, Any]) -> Table:
 
 
 def select_markdown(result: Mapping[str, Any]) -> str:
-    """The same table in Markdown, and who drafted for which kind of text under spin's choice."""
+    """The same table in Markdown, and who drafted for which kind of text where that was chosen while running."""
     lines = [f"**{title(result)}**", "", _line(COLUMNS), "|---|" + "---:|" * (len(COLUMNS) - 1)]
     lines += [_line(texts(row)) for row in result["rows"]]
-    chosen = next((row for row in result["rows"] if row["method"] == "spin" and row["share_by_kind"]), None)
+    chosen = next((row for row in result["rows"] if row["share_by_kind"]), None)  # the oracle stands behind it
     if chosen is None:
         return "\n".join(lines)
     shares = chosen["share_by_kind"]
     names = list(dict.fromkeys(name for kind in shares.values() for name in kind))
-    lines += ["", "Rounds of `spin` by kind of text:", "", _line(["kind", *names]), "|---|" + "---:|" * len(names)]
+    lines += [
+        "",
+        f"Rounds of `{chosen['method']}` by kind of text:",
+        "",
+        _line(["kind", *names]),
+        "|---|" + "---:|" * len(names),
+    ]
     lines += [_line([kind, *(f"{own.get(name, 0.0):.0%}" for name in names)]) for kind, own in shares.items()]
     return "\n".join(lines)
 
